@@ -1,0 +1,1 @@
+"""Adapted layers, auxiliary pairs and weights that change only for a while."""

@@ -1,0 +1,30 @@
+"""Norms of products of thin factors, without forming the product."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def squared_product_norm(B: Tensor, A: Tensor) -> Tensor:
+    """‖B·A‖²_F of thin factors B (…, m, r) and A (…, r, n) by ``tr((BᵀB)(AAᵀ))``: r×r work, float64.
+
+    float64 because a nearly cancelling pair would be 0 in float32. Returns a tensor of shape (…).
+    """
+    B, A = B.double(), A.double()
+    return ((B.mT @ B) * (A @ A.mT)).sum(dim=(-2, -1)).clamp_min(0.0)
+
+
+def squared_product_norms(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """:func:`squared_product_norm` of many pairs, equal shapes batched together. Returns (number of pairs,)."""
+    pairs = list(pairs)
+    groups: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for i, (B, A) in enumerate(pairs):
+        groups.setdefault((B.shape, A.shape), []).append(i)
+    device = pairs[0][0].device
+    norms = torch.zeros(len(pairs), dtype=torch.float64, device=device)
+    for members in groups.values():
+        Bs = torch.stack([pairs[i][0].detach() for i in members])
+        As = torch.stack([pairs[i][1].detach() for i in members])
+        norms[torch.tensor(members, device=device)] = squared_product_norm(Bs, As).to(device)
+    return norms
