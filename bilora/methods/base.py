@@ -89,6 +89,10 @@ class Method:
         """What a resumed run, or a later analysis, needs beyond the model and the optimizer."""
         return {}
 
+    def state_metadata(self) -> dict[str, str]:
+        """Text that makes :meth:`state_dict` readable without the method object."""
+        return {}
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from :meth:`state_dict`; called after :meth:`prepare`."""
 

@@ -1,0 +1,149 @@
+"""The auxiliary LoRA pair of Bi-LoRA, fused with the primary in one pair of matmuls.
+
+The primary stays an ordinary PEFT adapter. Each adapted layer gets a ``LoraVariant`` (PEFT's own extension point) that
+holds its auxiliary factors; while active, it concatenates ``[A1; A2]`` and ``[s1·B1  s2·B2]`` and reverses the gradient
+of the auxiliary slices, so that any optimizer that descends makes them ascend.
+
+The parameters are registered under the root of the model, outside the LoRA layers: PEFT neither saves nor merges them.
+The name of that module must not contain ``lora_``, which PEFT filters by.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from bilora.adapters.layers import AdaptedLayer
+from bilora.errors import UserError
+from bilora.seeds import generator_for
+
+MODULE_NAME = "auxiliary_pairs"
+
+
+class _ReverseGradient(torch.autograd.Function):
+    """The identity, whose backward negates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+@dataclass
+class _Switch:
+    """Shared by the variants of one model: whether the auxiliary takes part in the forward."""
+
+    active: bool = False
+
+
+class AuxiliaryVariant(LoraVariant):
+    """One layer's forward ``x·(W0 + s1·B1·A1 + s2·B2·A2)ᵀ``; with the switch off, exactly PEFT's own.
+
+    Args:
+        A: auxiliary factor A2, (r2, in_features).
+        B: auxiliary factor B2, (out_features, r2).
+        scale: s2.
+        switch: shared on/off state.
+        ascend: reverse the gradient of the auxiliary factors.
+    """
+
+    def __init__(self, A: nn.Parameter, B: nn.Parameter, scale: float, switch: _Switch, ascend: bool) -> None:
+        self.A, self.B, self.scale, self.switch, self.ascend = A, B, scale, switch, ascend
+
+    # PEFT calls these on the instance with the layer first; its base class declares them static.
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        dropout, scale = module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        if not (self.switch.active and module.training):
+            return result + lora_B(lora_A(dropout(x))) * scale
+        A2: Tensor = self.A
+        B2: Tensor = self.B
+        if self.ascend:
+            A2, B2 = _ReverseGradient.apply(A2), _ReverseGradient.apply(B2)
+        A = torch.cat([lora_A.weight, A2], dim=0)
+        B = torch.cat([lora_B.weight * scale, B2 * self.scale], dim=1)
+        return result + F.linear(F.linear(dropout(x), A), B)
+
+    # Merging sees the primary alone, as for a layer without a variant.
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+class AuxiliaryPairs(nn.Module):
+    """The auxiliary factors of every adapted layer. ``A`` starts as PEFT starts its own (Kaiming uniform), ``B`` at 0.
+
+    Args:
+        layers: the adapted layers.
+        rank: r2.
+        scale: s2; None takes each layer's own s1.
+        seed: of the draw of A2; nothing else is drawn from, so the primary starts as it would without an auxiliary.
+        ascend: whether the auxiliary's gradient is reversed.
+    """
+
+    def __init__(
+        self, layers: dict[str, AdaptedLayer], *, rank: int, scale: float | None, seed: int, ascend: bool
+    ) -> None:
+        super().__init__()
+        self.A = nn.ParameterList()
+        self.B = nn.ParameterList()
+        self.names = list(layers)
+        self.scales = [layer.scale if scale is None else scale for layer in layers.values()]
+        self._switch = _Switch()
+        self._ascend = ascend
+        for name, layer in layers.items():
+            A1, B1 = layer.A, layer.B
+            A2 = torch.empty(rank, A1.shape[1], dtype=torch.float32)
+            nn.init.kaiming_uniform_(A2, a=math.sqrt(5), generator=generator_for("auxiliary", seed, name))
+            self.A.append(nn.Parameter(A2.to(A1)))
+            self.B.append(nn.Parameter(torch.zeros(B1.shape[0], rank, dtype=B1.dtype, device=B1.device)))
+
+    def attach(self, model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
+        """Register under ``model`` and put a variant into every layer.
+
+        Raises:
+            UserError: the model has an auxiliary already, or a layer has a variant of its own (DoRA, …).
+        """
+        if hasattr(model, MODULE_NAME):
+            raise UserError("this model already carries auxiliary pairs: finish the other run first")
+        for name, layer in layers.items():
+            if layer.adapter in layer.module.lora_variant:
+                variant = type(layer.module.lora_variant[layer.adapter]).__name__
+                raise UserError(f"{name} uses {variant}, which cannot carry an auxiliary pair: use a plain LoraConfig")
+        model.add_module(MODULE_NAME, self)
+        for layer, A, B, scale in zip(layers.values(), self.A, self.B, self.scales, strict=True):
+            layer.module.lora_variant[layer.adapter] = AuxiliaryVariant(A, B, scale, self._switch, self._ascend)
+
+    def detach(self, model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
+        """Undo :meth:`attach`."""
+        delattr(model, MODULE_NAME)
+        for layer in layers.values():
+            del layer.module.lora_variant[layer.adapter]
+
+    @contextmanager
+    def active(self, on: bool = True) -> Iterator[None]:
+        """Let the auxiliary take part in training-mode forwards inside the block (or, with ``on=False``, not)."""
+        before = self._switch.active
+        self._switch.active = on
+        try:
+            yield
+        finally:
+            self._switch.active = before
+
+    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter, float]]:
+        """(B2, A2, s2) of each layer, in the order of ``names``."""
+        return list(zip(self.B, self.A, self.scales, strict=True))

@@ -1,0 +1,20 @@
+"""Full fine-tuning: every weight of the model descends along its own gradient.
+
+W ← W − eta·∂L/∂W        (through the optimizer)
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bilora.methods.base import Method
+
+
+@dataclass(kw_only=True)
+class FullFineTuning(Method):
+    """Full fine-tuning of a model without adapters."""
+
+    name: ClassVar[str] = "full"
+    summary: ClassVar[str] = "full fine-tuning of every weight, without adapters"
+    source: ClassVar[str] = "—"
+    passes: ClassVar[float] = 1
+    needs_lora: ClassVar[bool] = False
