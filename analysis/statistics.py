@@ -1,0 +1,250 @@
+"""From rows to claims: means over seeds with t-intervals, and paired differences between methods.
+
+A training seed is the unit of replication. Random directions are averaged within a seed first, because directions of
+one trained model say nothing about how another training run would have ended.
+
+Values that are not finite (a loss that overflowed under a perturbation) never enter a mean and are never lost: every
+table carries their count, and a comparison that rests on surviving values alone is not decided.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from bilora.errors import UserError
+
+KEYS = ["measure", "space", "quantity", "kind", "split", "layer", "radius", "index"]
+"""What identifies a quantity; two methods are compared only where all of these agree."""
+
+DIRECTIONS = frozenset({("random", "loss_rise"), ("landscape", "loss")})
+"""``(measure, quantity)`` pairs whose ``index`` counts random directions: they are averaged within a seed."""
+
+LOWER, HIGHER, UNDECIDED = "lower", "higher", "undecided"
+
+_REQUIRED = ["method", "seed", *KEYS, "value"]
+_SPREAD_FREE = 1e-12  # a standard deviation below this share of the mean is rounding, not spread
+
+
+def summarize(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """Mean over seeds of every quantity, with its spread and a Student-t confidence interval.
+
+    Args:
+        frame: the tidy rows of one study (see ``docs/architecture.md``, "Rows").
+        confidence: two-sided level of the interval, in (0, 1).
+
+    Returns:
+        One row per method and quantity, with the columns ``method``, those of :data:`KEYS` (``index`` is −1 where it
+        counted directions) and
+
+        ``mean``, ``standard_deviation`` (sample, over seeds), ``standard_error``, ``low``, ``high``, ``half_width``
+            over the seeds' finite values; NaN where fewer than two seeds give one.
+        ``n_seeds``, ``n_directions``, ``n_non_finite``
+            seeds with a finite value, directions per seed, and rows left out because they are not finite.
+        ``induced_norm``, ``chance``, ``residual``
+            mean realised norm, mean chance level, and the worst residual.
+
+    Raises:
+        UserError: if a column is missing, ``confidence`` is not in (0, 1), or a seed holds the same quantity twice.
+    """
+    _check(frame, confidence)
+    keys = ["method", *KEYS]
+    groups = per_seed(frame).groupby(keys, dropna=False, sort=False)
+    table = groups.agg(
+        mean=("value", "mean"),
+        standard_deviation=("value", "std"),
+        n_seeds=("value", "count"),
+        n_directions=("n_directions", "min"),
+        n_non_finite=("n_non_finite", "sum"),
+        induced_norm=("induced_norm", "mean"),
+        chance=("chance", "mean"),
+        residual=("residual", "max"),
+    ).reset_index()
+    table["standard_error"] = table["standard_deviation"] / np.sqrt(table["n_seeds"].clip(lower=1))
+    table["half_width"] = _t_quantile(table["n_seeds"], 1 - confidence) * table["standard_error"]
+    table["low"] = table["mean"] - table["half_width"]
+    table["high"] = table["mean"] + table["half_width"]
+    figures = ["mean", "standard_deviation", "standard_error", "low", "high", "half_width"]
+    counts = ["n_seeds", "n_directions", "n_non_finite"]
+    return table[[*keys, *figures, *counts, "induced_norm", "chance", "residual"]]
+
+
+def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0.95) -> pd.DataFrame:
+    """Difference of every method to ``baseline``, paired by seed (and direction) on identical quantities.
+
+    The methods compared on one quantity form a family; within it p-values and intervals are corrected by Holm's
+    step-down procedure (Holm, 1979). There is no correction across quantities or radii, which are far from independent.
+
+    Args:
+        frame: the tidy rows of one study.
+        baseline: label of the method that is subtracted.
+        confidence: two-sided level of the family, in (0, 1).
+
+    Returns:
+        One row per method and quantity, with ``method``, ``baseline``, those of :data:`KEYS` and
+
+        ``difference``
+            mean over seeds of method − baseline.
+        ``low``, ``high``
+            t-interval at ``confidence``, uncorrected.
+        ``corrected_low``, ``corrected_high``
+            the interval at Holm's level for this row; it excludes 0 exactly where ``p_holm < 1 − confidence``.
+        ``cohen_dz``
+            mean over standard deviation of the per-seed differences.
+        ``p_value``, ``p_holm``
+            two-sided paired t-test, and the same after correction. NaN for one seed, or differences without any spread.
+        ``n_seeds``, ``n_non_finite``
+            seeds in the comparison, and pairs left out because a value is not finite.
+        ``verdict``
+            ``lower``, ``higher`` or ``undecided``, from the corrected interval. Always ``undecided`` where a pair was
+            left out.
+
+    Raises:
+        UserError: as :func:`summarize`, and if ``baseline`` is not a method of the frame.
+    """
+    _check(frame, confidence)
+    methods = list(dict.fromkeys(frame["method"]))
+    if baseline not in methods:
+        raise UserError(f"baseline {baseline!r} is not among the methods measured: name one of {', '.join(methods)}")
+    pairs = _pairs(frame, baseline)
+    keys = ["method", *KEYS]
+    table = (
+        pairs.groupby(keys, dropna=False, sort=False)
+        .agg(
+            difference=("value", "mean"),
+            deviation=("value", "std"),
+            n_seeds=("value", "count"),
+            n_non_finite=("n_non_finite", "sum"),
+        )
+        .reset_index()
+    )
+    spread = table["deviation"].where(table["deviation"] > _SPREAD_FREE * table["difference"].abs())
+    error = spread / np.sqrt(table["n_seeds"].clip(lower=1))
+    table["cohen_dz"] = table["difference"] / spread
+    freedom = (table["n_seeds"] - 1).clip(lower=1)
+    table["p_value"] = 2 * stats.t.sf((table["difference"] / error).abs(), freedom)
+
+    alpha = 1 - confidence
+    family = table.groupby(KEYS, dropna=False, sort=False)["p_value"]
+    table["p_holm"] = family.transform(holm)
+    level = family.transform(lambda p: holm_level(p, alpha))
+    for prefix, significance in (("", alpha), ("corrected_", level)):
+        half = _t_quantile(table["n_seeds"], significance) * error
+        table[f"{prefix}low"], table[f"{prefix}high"] = table["difference"] - half, table["difference"] + half
+
+    table["verdict"] = UNDECIDED
+    complete = table["n_non_finite"] == 0
+    table.loc[complete & (table["corrected_high"] < 0), "verdict"] = LOWER
+    table.loc[complete & (table["corrected_low"] > 0), "verdict"] = HIGHER
+    table["baseline"] = baseline
+    figures = ["difference", "low", "high", "corrected_low", "corrected_high", "cohen_dz", "p_value", "p_holm"]
+    return table[["method", "baseline", *KEYS, *figures, "n_seeds", "n_non_finite", "verdict"]]
+
+
+def per_seed(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per method, seed and quantity: directions averaged over their finite values.
+
+    Returns:
+        Columns ``method``, ``seed``, those of :data:`KEYS`, ``value`` (NaN where no value is finite), ``n_directions``,
+        ``n_non_finite``, ``induced_norm``, ``chance`` and ``residual``.
+
+    Raises:
+        UserError: if a column is missing or a seed holds the same quantity twice.
+    """
+    _check(frame)
+    return _average_directions(_marked(frame))
+
+
+def holm(p_values: Iterable[float]) -> np.ndarray:
+    """Holm-corrected p-values of one family; NaN entries (no test was possible) stay NaN and do not count."""
+    p = np.asarray(list(p_values), dtype=float)
+    corrected = np.full(p.shape, np.nan)
+    order = _tested_in_order(p)
+    factors = np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1.0)
+    return corrected
+
+
+def holm_level(p_values: Iterable[float], alpha: float) -> np.ndarray:
+    """Significance level at which each interval of a family is drawn so that it agrees with Holm's decision.
+
+    The j-th smallest of m p-values is tested at ``alpha/(m−j+1)``. From the first that fails on, all keep the level at
+    which the procedure stopped, so that none of their intervals excludes 0.
+    """
+    p = np.asarray(list(p_values), dtype=float)
+    levels = np.full(p.shape, np.nan)
+    order = _tested_in_order(p)
+    steps = alpha / np.arange(len(order), 0, -1)
+    failed = np.flatnonzero(p[order] >= steps)
+    if len(failed):
+        steps[failed[0] :] = steps[failed[0]]
+    levels[order] = steps
+    return levels
+
+
+def _tested_in_order(p: np.ndarray) -> np.ndarray:
+    order = np.argsort(p, kind="stable")
+    return order[: np.count_nonzero(~np.isnan(p))]
+
+
+def _t_quantile(n_seeds: pd.Series, significance: float | pd.Series) -> np.ndarray:
+    """Two-sided Student-t quantile with ``n − 1`` degrees of freedom; NaN for fewer than two seeds."""
+    freedom = (n_seeds - 1).where(n_seeds > 1).astype(float)
+    return np.asarray(stats.t.ppf(1 - significance / 2, freedom))
+
+
+def _pairs(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Per-seed differences method − baseline: formed direction by direction, then averaged within the seed."""
+    rows = _marked(frame)
+    on = ["seed", *KEYS, "direction"]
+    reference = rows.loc[rows["method"] == baseline, [*on, "value"]]
+    others = rows.loc[rows["method"] != baseline, ["method", *on, "value"]]
+    pairs = others.merge(reference, on=on, suffixes=("", "_baseline"))
+    pairs["value"] = pairs["value"] - pairs["value_baseline"]
+    return _average_directions(pairs)
+
+
+def _marked(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows with direction numbers moved from ``index`` to ``direction``."""
+    rows = frame.copy()
+    is_direction = pd.Series(
+        [pair in DIRECTIONS for pair in zip(rows["measure"], rows["quantity"], strict=True)],
+        index=rows.index,
+        dtype=bool,
+    )
+    rows["direction"] = rows["index"].where(is_direction, -1)
+    rows["index"] = rows["index"].where(~is_direction, -1)
+    keys = ["method", "seed", *KEYS, "direction"]
+    repeated = rows.duplicated(keys)
+    if repeated.any():
+        first = rows.loc[repeated, keys].iloc[0]
+        named = ", ".join(f"{name}={first[name]}" for name in keys if first[name] not in ("", -1))
+        raise UserError(f"the rows hold the same quantity twice ({named}): keep one row of each")
+    return rows
+
+
+def _average_directions(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = rows.assign(finite=rows["value"].where(np.isfinite(rows["value"])))
+    for column in ("induced_norm", "chance", "residual"):
+        if column not in rows:
+            rows[column] = np.nan
+    groups = rows.groupby(["method", "seed", *KEYS], dropna=False, sort=False)
+    table = groups.agg(
+        value=("finite", "mean"),
+        n_directions=("finite", "size"),
+        n_finite=("finite", "count"),
+        induced_norm=("induced_norm", "mean"),
+        chance=("chance", "mean"),
+        residual=("residual", "max"),
+    ).reset_index()
+    table["n_non_finite"] = table["n_directions"] - table["n_finite"]
+    return table.drop(columns="n_finite")
+
+
+def _check(frame: pd.DataFrame, confidence: float = 0.95) -> None:
+    missing = [name for name in _REQUIRED if name not in frame]
+    if missing:
+        raise UserError(f"the table lacks the columns {', '.join(missing)}: pass the rows of a study (results.parquet)")
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence must lie between 0 and 1, not {confidence}")

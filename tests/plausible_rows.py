@@ -1,0 +1,113 @@
+"""Invented rows in the shape a study writes, for tests of what is drawn from rows. Nothing here was measured."""
+
+import numpy as np
+import pandas as pd
+
+METHODS = ["Full FT", "LoRA", "LoRA-SAM", "Flat-LoRA", "Bi-LoRA"]
+SHARPNESS = {"Full FT": 1.1, "LoRA": 1.0, "LoRA-SAM": 0.8, "Flat-LoRA": 0.6, "Bi-LoRA": 0.45}
+RADII = [0.05, 0.1, 0.2, 0.5]
+LAYERS = [
+    f"encoder.layer.{block}.{module}"
+    for block in range(3)
+    for module in ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
+]
+COLUMNS = {
+    "study": "invented", "method": "", "seed": 0, "cell": "c0ffee", "measure": "", "space": "", "quantity": "",
+    "kind": "", "split": "", "layer": "", "radius": np.nan, "index": -1, "value": np.nan, "standard_error": np.nan,
+    "induced_norm": np.nan, "residual": np.nan, "chance": np.nan,
+}  # fmt: skip
+
+
+def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int = 5) -> pd.DataFrame:
+    """Every measure of every method and seed; full fine-tuning has no LoRA space."""
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, object]] = []
+    for method in methods:
+        for seed in range(seeds):
+            spaces = ["full"] if method == "Full FT" else ["lora", "full"]
+            scale = SHARPNESS.get(method, 0.7) * np.exp(0.12 * rng.standard_normal())
+            measured = [*_quality(rng)]
+            for space in spaces:
+                measured += _sharpness(rng, space, scale, directions)
+                measured += _spectrum(rng, space, scale)
+                measured += _landscape(rng, space, scale, directions)
+            measured += _subspace(rng, method)
+            rows += [{**COLUMNS, "method": method, "seed": seed, **row} for row in measured]
+    return pd.DataFrame(rows)
+
+
+def _quality(rng):
+    for split, loss, accuracy in (("train", 0.20, 0.93), ("validation", 0.45, 0.81)):
+        for quantity, value in (("loss", loss), ("accuracy", accuracy)):
+            noisy = value + 0.01 * rng.standard_normal()
+            yield {"measure": "quality", "quantity": quantity, "split": split, "value": noisy}
+
+
+def _sharpness(rng, space, scale, directions):
+    stretch = 3.0 if space == "lora" else 1.0
+    for kind in ("isotropic", "filter"):
+        for radius in RADII:
+            rises = scale * (stretch * radius) ** 2 * (1 + 0.5 * rng.standard_normal(directions))
+            common = {"measure": "random", "space": space, "kind": kind, "split": "train", "radius": radius}
+            for index, rise in enumerate(rises):
+                yield {
+                    **common,
+                    "quantity": "loss_rise",
+                    "index": index,
+                    "value": rise,
+                    "induced_norm": radius * stretch,
+                }
+            error = rises.std(ddof=1) / np.sqrt(directions)
+            yield {**common, "quantity": "loss_rise_mean", "value": rises.mean(), "standard_error": error}
+    for radius in [0.0, *RADII]:
+        rise = scale * 2 * radius * stretch * (1 + 0.1 * rng.standard_normal())
+        common = {"measure": "adversarial", "space": space, "split": "train", "radius": radius}
+        norm = {"induced_norm": radius * stretch}
+        yield {**common, **norm, "quantity": "loss", "value": 0.2 + rise}
+        yield {**common, **norm, "quantity": "loss_rise", "value": rise}
+        yield {**common, **norm, "quantity": "accuracy", "value": max(0.5, 0.93 - 0.3 * rise)}
+        yield {**common, **norm, "quantity": "first_order", "value": scale * radius}
+
+
+def _spectrum(rng, space, scale):
+    for rank, value in enumerate((9.0, 5.0, 3.2, -2.5, 1.9), start=1):
+        size = value * scale * (2.0 if space == "lora" else 1.0) * (1 + 0.1 * rng.standard_normal())
+        residual = 10 ** rng.uniform(-5, -3)
+        common = {"measure": "spectrum", "space": space, "split": "train"}
+        yield {**common, "quantity": "eigenvalue", "index": rank, "value": size, "residual": residual}
+    yield {"measure": "spectrum", "space": space, "split": "train", "quantity": "products", "value": 24}
+
+
+def _landscape(rng, space, scale, directions):
+    stretch = 2.0 if space == "lora" else 1.0
+    for index in range(directions):
+        tilt, bend = 0.05 * rng.standard_normal(), scale * stretch * (1 + 0.4 * rng.standard_normal())
+        for alpha in np.linspace(-1, 1, 21).round(3):
+            loss, norm = 0.2 + tilt * alpha + abs(bend) * alpha**2, abs(alpha) * stretch
+            yield {
+                "measure": "landscape", "space": space, "quantity": "loss", "split": "train", "radius": alpha,
+                "index": index, "value": loss, "induced_norm": norm,
+            }  # fmt: skip
+
+
+def _subspace(rng, method):
+    if method == "Bi-LoRA":
+        for layer in LAYERS:
+            for kind in ("column", "row"):
+                value = rng.uniform(0.03, 0.3)
+                yield {
+                    "measure": "subspace", "space": "full", "quantity": "overlap", "kind": kind, "layer": layer,
+                    "value": value, "chance": 8 / 384,
+                }  # fmt: skip
+    if method == "Full FT":
+        return
+    shares = {"gradient": 0.7, "gradient_rank_r": 0.6, "filter_noise": 0.95, "lora_sam": 0.0}
+    if method == "Bi-LoRA":
+        shares["auxiliary"] = 0.85
+    for kind, share in shares.items():
+        for layer in ["", *LAYERS[:2]]:
+            value = min(1.0, max(0.0, share + 0.02 * rng.standard_normal()))
+            yield {
+                "measure": "subspace", "space": "full", "quantity": "outside_share", "kind": kind, "layer": layer,
+                "value": value, "chance": 0.96,
+            }  # fmt: skip
