@@ -1,0 +1,219 @@
+"""Which weights form the vector, in which gauge, and the only door through which they are changed."""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from analysis.core.copies import evaluation_copy, has_plain_factors, merged_copy
+from analysis.core.factors import Factors
+from analysis.core.vectors import Vector, tensor_dot
+from bilora.adapters.layers import adapted_layers
+from bilora.adapters.norms import squared_product_norms
+from bilora.adapters.swap import perturbed
+from bilora.errors import UserError
+
+HEADS = ("score", "classifier")
+"""Attributes under which transformers keeps a classification head (PEFT's convention for ``all-linear``)."""
+
+
+class WeightSpace:
+    """Named weights of an evaluation copy of a model, seen as one vector.
+
+    Build one with :meth:`full`, :meth:`lora`, :meth:`all` or :meth:`named`. The user's model is never changed.
+
+    Attributes:
+        name: ``"full"``, ``"lora"``, ``"all"`` or the pattern.
+        model: the copy: float32 (float64 if the user's model has float64 weights), ``eval()``, ``requires_grad`` on
+            the parameters of this space alone.
+        parameters: canonical name → parameter of ``model``; tied tensors once.
+        factors: layer → primary LoRA factors. In LoRA space they are the parameters themselves; in full space of a PEFT
+            model they are copies; empty for other models and for layers that are not ``W0 + s·B·A`` (DoRA).
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, parameters: dict[str, nn.Parameter], factors: dict[str, Factors]
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.parameters = parameters
+        self.factors = factors
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+
+    @classmethod
+    def full(cls, model: nn.Module) -> "WeightSpace":
+        """Merged weights of the adapted layers, (out, in) each, as ``<layer>.weight``.
+
+        For a model without adapter: the weight of every linear layer but the output head (PEFT's ``all-linear``).
+
+        Raises:
+            UserError: no such layer, quantised weights, or an adapter that is merged, disabled or not finite.
+        """
+        copy = merged_copy(model)
+        if isinstance(model, PeftModel):
+            adapted = adapted_layers(model)
+            weights = {f"{name}.weight": copy.get_parameter(f"{name}.weight") for name in adapted}
+            dtype = next(iter(weights.values())).dtype
+            factors = {
+                name: Factors(layer.B.detach().to(dtype, copy=True), layer.A.detach().to(dtype, copy=True), layer.scale)
+                for name, layer in adapted.items()
+                if has_plain_factors(layer)
+            }
+            return cls("full", copy, weights, factors)
+        weights = _linear_weights(copy)
+        if not weights:
+            raise UserError(
+                f"{type(model).__name__} has no linear layer besides its output head: "
+                "choose its weights with WeightSpace.named(model, pattern)"
+            )
+        return cls("full", copy, weights, {})
+
+    @classmethod
+    def lora(cls, model: nn.Module) -> "WeightSpace":
+        """The LoRA factors as trained: ``<layer>.A`` (r, in) and ``<layer>.B`` (out, r).
+
+        Raises:
+            UserError: the model carries no adapter, quantised weights, or an adapter that is merged, disabled or a
+                variant in which the merged weight is not ``W0 + s·B·A``.
+        """
+        copy = evaluation_copy(model)
+        parameters: dict[str, nn.Parameter] = {}
+        factors: dict[str, Factors] = {}
+        for name, layer in adapted_layers(copy).items():
+            if not has_plain_factors(layer):
+                variant = type(layer.module.lora_variant[layer.adapter]).__name__
+                raise UserError(f"{name} uses {variant}, which is more than s·B·A: measure it in full space")
+            parameters[f"{name}.A"] = layer.A
+            parameters[f"{name}.B"] = layer.B
+            factors[name] = Factors(layer.B, layer.A, layer.scale)
+        return cls("lora", copy, parameters, factors)
+
+    @classmethod
+    def all(cls, model: nn.Module) -> "WeightSpace":
+        """Every parameter, by its own name; an adapter is merged first. Tied tensors count once.
+
+        Raises:
+            UserError: as :meth:`full`.
+        """
+        copy = merged_copy(model)
+        return cls("all", copy, dict(copy.named_parameters()), {})
+
+    @classmethod
+    def named(cls, model: nn.Module, pattern: str) -> "WeightSpace":
+        """The parameters whose whole name matches the regular expression ``pattern``; an adapter is merged first.
+
+        Raises:
+            UserError: no parameter matches, the pattern is not a regular expression, or as :meth:`full`.
+        """
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{pattern!r} is not a regular expression: {error}") from error
+        copy = merged_copy(model)
+        chosen = {name: p for name, p in copy.named_parameters() if expression.fullmatch(name)}
+        if not chosen:
+            example = next((name for name, _ in copy.named_parameters()), "none")
+            raise UserError(f"no parameter name matches {pattern!r} in full: names look like {example!r}")
+        return cls(pattern, copy, chosen, {})
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the vector."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter lies: batches are moved there."""
+        return next(self.model.parameters()).device
+
+    def aligned(self, vector: Vector) -> Vector:
+        """``vector`` checked and moved to the parameters' dtype and device; it may name only some of them.
+
+        Raises:
+            ValueError: an unknown parameter name, or a shape that differs from the parameter's.
+        """
+        unknown = vector.keys() - self.parameters.keys()
+        if unknown:
+            raise ValueError(f"{sorted(unknown)[0]!r} is no parameter of the {self.name} space")
+        moved: Vector = {}
+        for name, parameter in self.parameters.items():
+            if name not in vector:
+                continue
+            if vector[name].shape != parameter.shape:
+                raise ValueError(
+                    f"{name}: shape {tuple(vector[name].shape)} is not the parameter's {tuple(parameter.shape)}"
+                )
+            moved[name] = vector[name].detach().to(parameter)
+        return moved
+
+    @contextmanager
+    def perturbed(self, direction: Vector, scale: float = 1.0) -> Iterator[None]:
+        """Let the weights be ``parameter + scale·direction`` inside the block, then put them back bit for bit.
+
+        A parameter that ``direction`` does not name stays as it is. Backward passes must run inside the block.
+
+        Raises:
+            ValueError: an unknown parameter name, or a shape that differs from the parameter's.
+        """
+        moved = self.aligned(direction)
+        with perturbed({self.parameters[name]: tensor for name, tensor in moved.items()}, scale):
+            yield
+
+    @torch.no_grad()
+    def induced_norm(self, direction: Vector, scale: float = 1.0) -> float:
+        """Realised ‖eps_W‖ of ``perturbed(direction, scale)``, rounding of the stored weights included, in float64.
+
+        In LoRA space ``eps_W = s·((B + eps_B)(A + eps_A) − B·A) = s·[eps_B, B + eps_B]·[A; eps_A]`` for each layer,
+        whose norm is taken from the thin factors. Elsewhere it is the norm of the change itself.
+
+        Raises:
+            ValueError: as :meth:`perturbed`.
+        """
+        changes = {name: self._change(name, step, scale) for name, step in self.aligned(direction).items()}
+        if self.name != "lora":
+            return math.sqrt(math.fsum(tensor_dot(change, change) for change in changes.values()))
+        pairs = []
+        for layer, factors in self.factors.items():
+            B, A = factors.B.double(), factors.A.double()
+            eps_B = changes.get(f"{layer}.B", torch.zeros_like(B))
+            eps_A = changes.get(f"{layer}.A", torch.zeros_like(A))
+            left = factors.scale * torch.cat([eps_B, B + eps_B], dim=1)
+            pairs.append((left, torch.cat([A, eps_A], dim=0)))
+        return math.sqrt(squared_product_norms(pairs).sum().item())
+
+    @torch.no_grad()
+    def filter_norms(self) -> dict[str, Tensor]:
+        """Norm of each output row of each parameter with at least two dimensions: name → (rows,), in its dtype."""
+        return {
+            name: p.detach().flatten(1).double().norm(dim=1).to(p.dtype)
+            for name, p in self.parameters.items()
+            if p.dim() >= 2
+        }
+
+    def _change(self, name: str, step: Tensor, scale: float) -> Tensor:
+        weight = self.parameters[name].detach()
+        return torch.add(weight, step, alpha=scale).double() - weight.double()
+
+
+def _linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    heads: set[nn.Module] = set()
+    if isinstance(model, PreTrainedModel):
+        output = model.get_output_embeddings()
+        candidates = [output] if output is not None else [getattr(model, name, None) for name in HEADS]
+        heads = {module for head in candidates if head is not None for module in head.modules()}
+    weights: dict[str, nn.Parameter] = {}
+    seen: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module in heads:
+            continue
+        weight = module.get_parameter("weight")
+        if weight not in seen:
+            seen.add(weight)
+            weights[f"{name}.weight"] = weight
+    return weights
