@@ -1,0 +1,1 @@
+"""Loss along directions through the trained weights."""

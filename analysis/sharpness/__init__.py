@@ -1,0 +1,1 @@
+"""Loss under perturbed weights: random directions and the gradient's."""

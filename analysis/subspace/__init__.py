@@ -1,0 +1,1 @@
+"""Subspaces of adapters: overlap of factors, and what lies outside LoRA-SAM's reach."""

@@ -1,0 +1,48 @@
+"""Orthonormal bases of the spaces that thin factors span, and the angles between them.
+
+For orthonormal U (m×p), V (m×q) the singular values of UᵀV are the cosines of the principal angles. The overlap is
+
+    ‖UᵀV‖²_F / min(p, q)  ∈ [0, 1],
+
+1 when the smaller space lies in the larger, and max(p, q)/m on average for independent random spaces.
+"""
+
+import math
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+
+def column_basis(factor: Tensor) -> Tensor:
+    """Orthonormal basis of Col(factor), (m, rank), float64, of a factor (m, r).
+
+    Directions below the rounding of the factor's own dtype are not counted: a zero factor has the empty basis (m, 0).
+    A factor with non-finite entries spans nothing that could be named: its basis is NaN, as is all computed from it.
+    """
+    if not torch.isfinite(factor).all():
+        return torch.full_like(factor, math.nan, dtype=torch.float64)
+    left, singular, _ = torch.linalg.svd(factor.detach().double(), full_matrices=False)
+    tolerance = max(factor.shape) * torch.finfo(factor.dtype).eps * singular.max()
+    return left[:, singular > tolerance]
+
+
+def row_basis(factor: Tensor) -> Tensor:
+    """Orthonormal basis of Row(factor) as columns, (n, rank), float64, of a factor (r, n)."""
+    return column_basis(factor.mT)
+
+
+def overlap(U: Tensor, V: Tensor) -> float:
+    """``‖UᵀV‖²/min(p, q)`` of orthonormal bases (m, p) and (m, q); NaN if either is empty."""
+    smaller = min(U.shape[1], V.shape[1])
+    return float((U.mT @ V).square().sum()) / smaller if smaller else math.nan
+
+
+def largest_angle(U: Tensor, V: Tensor) -> float:
+    """The largest principal angle in radians, between 0 and π/2; NaN if either basis is empty or not finite.
+
+    Björck and Golub's form, accurate for small angles too, where the arc cosine loses half of the digits.
+    """
+    if not min(U.shape[1], V.shape[1]) or not (torch.isfinite(U).all() and torch.isfinite(V).all()):
+        return math.nan
+    return float(scipy.linalg.subspace_angles(U.cpu().numpy(), V.cpu().numpy())[0])

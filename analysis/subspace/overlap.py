@@ -1,0 +1,126 @@
+"""Overlap of two adapters' subspaces, layer by layer: Col(B1) with Col(B2), Row(A1) with Row(A2).
+
+    overlap = ‖UᵀV‖²_F / min(p, q),        chance = max(p, q)/m   (columns; /n for rows)
+
+with U, V orthonormal bases of the two spaces and p, q their dimensions. Everything comes from the thin factors.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from analysis.core.factors import Factors
+from analysis.core.result import row
+from analysis.core.space import WeightSpace
+from analysis.core.trained import Trained
+from analysis.subspace.bases import column_basis, largest_angle, overlap, row_basis
+from bilora.adapters.layers import adapted_layers
+from bilora.errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerOverlap:
+    """Overlap of two subspaces of one layer.
+
+    Attributes:
+        layer: layer name.
+        side: ``"column"`` for Col(B1) with Col(B2), ``"row"`` for Row(A1) with Row(A2).
+        overlap: between 0 and 1; NaN if a factor is zero (nothing to compare) or not finite.
+        chance: mean overlap of random subspaces of these dimensions; where a space is empty, of the nominal rank.
+        angle: largest principal angle, radians.
+    """
+
+    layer: str
+    side: Literal["column", "row"]
+    overlap: float
+    chance: float
+    angle: float
+
+
+@dataclass(frozen=True)
+class SubspaceOverlap:
+    """Overlaps of two adapters on the layers they share."""
+
+    layers: tuple[LayerOverlap, ...]
+
+    def mean(self, side: Literal["column", "row"]) -> tuple[float, float]:
+        """Mean overlap and mean chance over the layers where the overlap is defined, every layer weighted equally.
+
+        NaN, NaN if there is none.
+        """
+        defined = [x for x in self.layers if x.side == side and not math.isnan(x.overlap)]
+        if not defined:
+            return math.nan, math.nan
+        return float(np.mean([x.overlap for x in defined])), float(np.mean([x.chance for x in defined]))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """``overlap`` and ``largest_angle`` per layer and side, and ``overlap`` of the whole (``layer=""``)."""
+        rows = []
+        for x in self.layers:
+            where = {"space": "lora", "kind": x.side, "layer": x.layer}
+            rows.append(row("subspace", "overlap", x.overlap, chance=x.chance, **where))
+            rows.append(row("subspace", "largest_angle", x.angle, **where))
+        for side in ("column", "row"):
+            value, chance = self.mean(side)
+            rows.append(row("subspace", "overlap", value, chance=chance, space="lora", kind=side))
+        return rows
+
+
+def _compared(layer: str, side: Literal["column", "row"], first: Tensor, second: Tensor) -> LayerOverlap:
+    """Compare Col(B1), Col(B2), both (m, ·), or Row(A1), Row(A2), both (·, n)."""
+    ambient = first.shape[0] if side == "column" else first.shape[1]
+    nominal = first.numel() // ambient, second.numel() // ambient
+    basis = column_basis if side == "column" else row_basis
+    U, V = basis(first), basis(second)
+    dimensions = (U.shape[1], V.shape[1]) if min(U.shape[1], V.shape[1]) else nominal
+    return LayerOverlap(layer, side, overlap(U, V), max(dimensions) / ambient, largest_angle(U, V))
+
+
+def primary_factors(source: Trained | WeightSpace | Mapping[str, Factors]) -> Mapping[str, Factors]:
+    """Layer → trained factors, of a loaded adapter, of a weight space, or as given.
+
+    Raises:
+        UserError: the space is not that of a model with a LoRA adapter.
+    """
+    if isinstance(source, Trained):
+        layers = adapted_layers(source.model)
+        return {name: Factors(x.B.detach(), x.A.detach(), x.scale) for name, x in layers.items()}
+    factors = source.factors if isinstance(source, WeightSpace) else source
+    if not factors:
+        raise UserError("the model has no LoRA factors to compare: give a PEFT model with a LoRA adapter")
+    return factors
+
+
+def subspace_overlap(
+    primary: Trained | WeightSpace | Mapping[str, Factors], auxiliary: Mapping[str, Factors] | None = None
+) -> SubspaceOverlap:
+    """Overlap of the primary factors' subspaces with those of ``auxiliary``, on every layer.
+
+    Args:
+        primary: a loaded adapter, a weight space of a PEFT model, or factors by layer name.
+        auxiliary: factors to compare with, of Bi-LoRA's auxiliary pair or of any other adapter of the same base model;
+            None takes the auxiliary of a loaded adapter.
+
+    Raises:
+        UserError: there is no auxiliary, or the two adapt different layers or layers of different shapes.
+    """
+    if auxiliary is None:
+        auxiliary = primary.auxiliary if isinstance(primary, Trained) else None
+    if not auxiliary:
+        raise UserError("there is no auxiliary pair to compare with: train with method bilora, or give other factors")
+    first = primary_factors(primary)
+    if first.keys() != auxiliary.keys():
+        odd = sorted(first.keys() ^ auxiliary.keys())
+        raise UserError(f"the two adapters adapt different layers, first {odd[0]}: compare adapters of one base model")
+    compared = []
+    for layer, f in first.items():
+        g = auxiliary[layer]
+        if (f.B.shape[0], f.A.shape[1]) != (g.B.shape[0], g.A.shape[1]):
+            raise UserError(f"layer {layer} has another shape in the two adapters: compare adapters of one base model")
+        compared.append(_compared(layer, "column", f.B, g.B))
+        compared.append(_compared(layer, "row", f.A, g.A))
+    return SubspaceOverlap(tuple(compared))
