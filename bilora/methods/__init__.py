@@ -1,6 +1,7 @@
 """Training methods: one file each, found by name."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from bilora.errors import UserError
@@ -32,7 +33,7 @@ def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method
         UserError: unknown method or setting, or a value out of range.
     """
     cls = method_class(name)
-    known = cls.__dataclass_fields__
+    known = [field.name for field in fields(cls)]
     unknown = sorted(set(settings or {}) - set(known))
     if unknown:
         raise UserError(f"{name} has no setting {unknown[0]!r}: it takes {', '.join(known) or 'none'}")

@@ -1,0 +1,195 @@
+"""Every registered method through the same trials. Adding a method adds a row."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import Trainer
+
+from bilora import METHODS, MethodMixin, build_method
+from bilora.errors import UserError
+from tests.training.tiny import factors, pad, ragged_data, tiny_bert, tiny_llama, with_lora
+
+each_method = pytest.mark.parametrize("name", list(METHODS))
+ADAM = {"optim": "adamw_torch", "learning_rate": 1e-2}
+
+
+def model_for(name, dropout=0.0, dtype=torch.float64):
+    model = tiny_bert(dropout=dropout, dtype=dtype)
+    return with_lora(model, dropout=dropout) if METHODS[name].needs_lora else model
+
+
+@each_method
+def test_accumulation_is_exact(train, name):
+    """1 × 8, 2 × 4 and 4 × 2 examples give the same weights: the loss is a mean over examples."""
+    results = []
+    for parts in (1, 2, 4):
+        model = model_for(name)
+        train(
+            model, build_method(name), per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts, **ADAM
+        )
+        results.append(factors(model))
+    for other in results[1:]:
+        for key, expected in results[0].items():
+            torch.testing.assert_close(other[key], expected, rtol=0, atol=1e-8)
+
+
+@each_method
+def test_accumulation_is_exact_over_tokens(train, name):
+    """A causal language model on ragged sentences: the loss is a mean over the window's tokens."""
+    results = []
+    for parts in (1, 4):
+        model = tiny_llama(torch.float64)
+        model = with_lora(model, "CAUSAL_LM") if METHODS[name].needs_lora else model
+        train(
+            model,
+            build_method(name),
+            ragged_data(causal=True),
+            per_device_train_batch_size=8 // parts,
+            gradient_accumulation_steps=parts,
+            **ADAM,
+        )
+        results.append(factors(model))
+    for key, expected in results[0].items():
+        torch.testing.assert_close(results[1][key], expected, rtol=0, atol=1e-8)
+
+
+@each_method
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_is_bitwise(train, name, accumulation):
+    """Killed after a checkpoint and continued, with dropout, equals the uninterrupted run in every bit."""
+    settings = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": accumulation,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "max_grad_norm": 0.5,
+        **ADAM,
+    }
+    data = ragged_data(copies=3)
+    whole = model_for(name, dropout=0.2, dtype=torch.float32)
+    method = build_method(name)
+    first = train(whole, method, data, **settings)
+    resumed = model_for(name, dropout=0.2, dtype=torch.float32)
+    again = build_method(name)
+    train(resumed, again, data, folder="other", resume=f"{first.args.output_dir}/checkpoint-3", **settings)
+    for key, expected in factors(whole).items():
+        assert torch.equal(factors(resumed)[key], expected), key
+    for key, tensor in method.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+
+
+@each_method
+def test_same_seed_same_result_and_another_seed_another(train, name):
+    results = []
+    for seed in (0, 0, 1):
+        model = model_for(name, dropout=0.2, dtype=torch.float32)
+        train(model, build_method(name), ragged_data(copies=2), per_device_train_batch_size=4, seed=seed, **ADAM)
+        results.append(torch.cat([p.flatten() for p in factors(model).values()]))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@each_method
+def test_base_weights_are_bit_identical_and_reload_is_stock(train, name, tmp_path):
+    model = model_for(name, dtype=torch.float32)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trainer = train(model, build_method(name), **ADAM)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[n], p) for n, p in frozen.items())
+    trainer.save_model(str(tmp_path / "saved"))
+    if METHODS[name].needs_lora:
+        reloaded = PeftModel.from_pretrained(tiny_bert(dtype=torch.float32), tmp_path / "saved")
+    else:
+        reloaded = type(model).from_pretrained(tmp_path / "saved")
+    batch = pad(list(ragged_data()))
+    assert torch.equal(reloaded.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+@each_method
+def test_bf16_autocast_trains(train, name):
+    model = model_for(name, dtype=torch.float32)
+    before = factors(model)
+    trainer = train(model, build_method(name), bf16=True, **ADAM)
+    after = factors(model)
+    assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in after.values())
+    assert any(not torch.equal(after[k], before[k]) for k in before)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+@each_method
+def test_any_trainer_takes_the_mixin(train, name):
+    calls = []
+
+    class Custom(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            calls.append(1)
+            return super().compute_loss(*args, **kwargs)
+
+    class Mine(MethodMixin, Custom):
+        pass
+
+    train(model_for(name), build_method(name), trainer=Mine, logging_strategy="no")
+    assert len(calls) == 3 * METHODS[name].passes
+
+
+@each_method
+def test_a_loss_that_is_not_a_number_stops_with_one_line(train, name):
+    model = model_for(name)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(UserError, match="training loss became nan at step 0: lower learning_rate") as caught:
+        train(model, build_method(name))
+    assert "\n" not in str(caught.value)
+
+
+@each_method
+def test_model_and_method_must_fit(train, name):
+    wrong = tiny_bert() if METHODS[name].needs_lora else with_lora(tiny_bert())
+    with pytest.raises(UserError, match=r"LoRA adapter|plain model"):
+        train(wrong, build_method(name))
+
+
+def test_data_parallel_and_deepspeed_are_refused(train):
+    trainer = train(model_for("bilora"), "bilora")
+    trainer.args._n_gpu = 2
+    with pytest.raises(UserError, match="accelerate launch"):
+        trainer._refuse_unsupported()
+    trainer.args._n_gpu = 1
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(UserError, match="DDP or FSDP"):
+        trainer._refuse_unsupported()
+
+
+def test_resume_with_another_method_is_refused(train):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    first = train(model_for("lora"), "lora", **settings)
+    with pytest.raises(UserError, match="holds method 'lora', this run is 'bilora'"):
+        train(model_for("bilora"), "bilora", folder="b", resume=f"{first.args.output_dir}/checkpoint-3", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("bilora", {"rho": 0}, "rho must be a finite number above 0"),
+        ("bilora", {"rho": float("nan")}, "rho must be a finite number above 0"),
+        ("bilora", {"rank": 0}, "rank must be an integer of at least 1"),
+        ("bilora", {"clip": "some"}, "clip must be one of global, layer, none"),
+        ("bilora", {"norm": "l1"}, "norm must be one of effective, factors"),
+        ("bilora", {"ascend": 1}, "ascend must be true or false"),
+        ("bilora", {"alpha": -1.0}, "alpha must be a finite number above 0"),
+        ("bilora", {"radius": 1}, "bilora has no setting 'radius': it takes rho, rank"),
+        ("lora", {"rho": 1}, "lora has no setting 'rho': it takes none"),
+        ("lora_sam", {"rho": -0.1}, "rho must be a finite number above 0"),
+        ("lora_sam", {"rho": "big"}, "rho must be a finite number above 0"),
+        ("flat_lora", {"sigma": -0.1}, "sigma must be a finite number of at least 0"),
+        ("sgd", {}, "unknown method 'sgd': choose one of full, lora"),
+    ],
+)
+def test_bad_settings(name, settings, message):
+    with pytest.raises(UserError) as caught:
+        build_method(name, settings)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
