@@ -1,1 +1,27 @@
 """Measurements of trained weights: sharpness, curvature, landscapes, subspaces, in LoRA space and in full space."""
+
+from analysis.core import Objective, Trained, WeightSpace, load_trained
+from analysis.curvature import HessianOperator, top_eigenvalues
+from analysis.landscape.lines import loss_lines
+from analysis.quality import quality
+from analysis.registry import MEASURES, Measure, measure_named
+from analysis.sharpness.adversarial import adversarial_sharpness
+from analysis.sharpness.random import random_sharpness
+from analysis.subspace.overlap import subspace_overlap
+
+__all__ = [
+    "MEASURES",
+    "HessianOperator",
+    "Measure",
+    "Objective",
+    "Trained",
+    "WeightSpace",
+    "adversarial_sharpness",
+    "load_trained",
+    "loss_lines",
+    "measure_named",
+    "quality",
+    "random_sharpness",
+    "subspace_overlap",
+    "top_eigenvalues",
+]

@@ -1,6 +1,7 @@
 """Standalone evaluation copies of a user's model."""
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -41,8 +42,9 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     for parameter in copy.parameters():
         parameter.grad = None
         parameter.requires_grad_(False)
-    if hasattr(copy, "config") and getattr(copy.config, "use_cache", False):
-        copy.config.use_cache = False
+    config: Any = getattr(copy, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False
     return copy
 
 

@@ -35,6 +35,7 @@ class Objective:
     Attributes:
         name: as given.
         batches: those with at least one term in the loss.
+        weights: number of terms of each batch.
         weight: number of terms in all.
         digest: sha256 of the batches' contents, for provenance.
 
@@ -123,8 +124,8 @@ class Objective:
             UserError: the loss is not finite, or depends on no parameter of the space.
         """
         total = Sum(space)
-        for batch, weight in zip(self.batches, self.weights, strict=True):
-            loss = self._differentiable_loss(batch, space)
+        for index, weight in enumerate(self.weights):
+            loss = self.batch_loss(space, index)
             parts = torch.autograd.grad(
                 loss, list(space.parameters.values()), allow_unused=True, materialize_grads=True
             )
@@ -154,7 +155,7 @@ class Objective:
         """
         # The fused attention kernels have no second derivative (pytorch#116350); the decomposed one is exact.
         with sdpa_kernel(SDPBackend.MATH):
-            loss = self._differentiable_loss(self.batches[index], space)
+            loss = self.batch_loss(space, index)
             return torch.autograd.grad(
                 loss,
                 list(space.parameters.values()),
@@ -163,8 +164,13 @@ class Objective:
                 materialize_grads=True,
             )
 
-    def _differentiable_loss(self, batch: Mapping[str, Tensor], space: WeightSpace) -> Tensor:
-        loss = _loss_of(space.model(**_to_device(batch, space)))
+    def batch_loss(self, space: WeightSpace, index: int) -> Tensor:
+        """The mean loss of batch ``index``, to be differentiated.
+
+        Raises:
+            UserError: it is not finite, or depends on no parameter of the space.
+        """
+        loss = _loss_of(space.model(**_to_device(self.batches[index], space)))
         if not loss.requires_grad:
             raise UserError(f"the loss does not depend on the {space.name} weights: choose others")
         if not bool(loss.isfinite()):

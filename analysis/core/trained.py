@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from analysis.core.factors import Factors
 from bilora.errors import UserError
+from bilora.tasks import base_fingerprint
+from bilora.training.record import RECORD_FILE
 from bilora.training.saved import load_method
 
 ADAPTER_FILE = "adapter_model.safetensors"
-RECORD_FILE = "train.json"
 PREFIX = "base_model.model."
 
 
@@ -113,8 +114,6 @@ def _check_fingerprint(folder: Path, model: PreTrainedModel) -> None:
         expected = json.loads(record.read_text()).get("base_fingerprint")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{record} is damaged ({error}): train the adapter again") from error
-    from bilora.tasks import base_fingerprint
-
     if expected is not None and expected != base_fingerprint(model):
         raise UserError(
             f"{folder} was trained on another base model (its fingerprint differs): give the base it was trained on"

@@ -1,0 +1,76 @@
+"""PyHessian's power iteration (Yao et al. 2020) on our objective, as a second opinion."""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from pyhessian import hessian
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from analysis.core.objective import Objective
+from analysis.core.space import WeightSpace
+from analysis.core.vectors import Vector
+from bilora.seeds import generator_for
+
+
+def pyhessian_eigenpairs(
+    objective: Objective, space: WeightSpace, k: int, tolerance: float, max_iterations: int, seed: int
+) -> tuple[list[float], list[Vector], int]:
+    """The ``k`` eigenpairs of largest magnitude as PyHessian finds them, and the products it made.
+
+    Args:
+        tolerance: relative change of the eigenvalue between two iterations at which PyHessian stops.
+        max_iterations: per eigenpair.
+    """
+    names = {parameter: name for name, parameter in space.parameters.items()}
+    ordered = [names[p] for p in space.model.parameters() if p.requires_grad]
+    adapter = _LossModel(objective, space)
+    devices = [space.device] if space.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            warnings.filterwarnings("ignore", message=".*backward.*create_graph.*")
+            torch.manual_seed(generator_for("pyhessian", seed).initial_seed())
+            engine = hessian(adapter, _loss, dataloader=_Batches(objective), cuda=space.device.type == "cuda")
+            values, vectors = engine.eigenvalues(maxIter=max_iterations, tol=tolerance, top_n=k)
+    finally:
+        for parameter in space.parameters.values():
+            parameter.grad = None
+    named = [dict(zip(ordered, (part.detach() for part in vector), strict=True)) for vector in vectors]
+    return [float(value) for value in values], named, adapter.losses // len(objective.batches)
+
+
+class _Batches:
+    """Batches as PyHessian reads them, (inputs, targets).
+
+    PyHessian weights a batch by ``inputs.size(0)``. The inputs are therefore the batch's number, repeated as often as
+    the batch has terms in the loss: the weights are then the objective's, also for language models.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._weights = objective.weights
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, weight in enumerate(self._weights):
+            yield torch.full((weight,), index), torch.empty(0)
+
+
+class _LossModel(nn.Module):
+    """Batch number → mean loss of that batch."""
+
+    def __init__(self, objective: Objective, space: WeightSpace) -> None:
+        super().__init__()
+        self.model = space.model
+        self.losses = 0
+        self._objective = objective
+        self._space = space
+
+    def forward(self, index: Tensor) -> Tensor:
+        self.losses += 1
+        loss = self._objective.batch_loss(self._space, int(index[0]))
+        # PyHessian fails on a parameter without a gradient: give every parameter one, which is exactly zero.
+        return loss + sum((p * p).sum() for p in self._space.parameters.values()) * 0.0
+
+
+def _loss(output: Tensor, target: Tensor) -> Tensor:
+    return output

@@ -1,0 +1,28 @@
+"""The measures, found by name. A new one is a file with a ``MEASURE`` and a line here."""
+
+from analysis.core.measure import Measure
+from analysis.curvature.eigen import MEASURE as SPECTRUM
+from analysis.landscape.lines import MEASURE as LANDSCAPE
+from analysis.quality import MEASURE as QUALITY
+from analysis.sharpness.adversarial import MEASURE as ADVERSARIAL
+from analysis.sharpness.random import MEASURE as RANDOM
+from analysis.subspace.measure import MEASURE as SUBSPACE
+from bilora.errors import UserError
+
+MEASURES: dict[str, Measure] = {
+    measure.name: measure for measure in (QUALITY, RANDOM, ADVERSARIAL, SPECTRUM, LANDSCAPE, SUBSPACE)
+}
+
+
+def measure_named(name: str) -> Measure:
+    """The measure registered as ``name``.
+
+    Raises:
+        UserError: no such measure.
+    """
+    if name not in MEASURES:
+        raise UserError(f"unknown measure {name!r}: choose one of {', '.join(MEASURES)}")
+    return MEASURES[name]
+
+
+__all__ = ["MEASURES", "Measure", "measure_named"]
