@@ -1,0 +1,21 @@
+"""What the libraries say while they work, kept from the terminal."""
+
+import os
+import warnings
+
+
+def silence_libraries() -> None:
+    """Leave only errors of transformers, datasets and Python's warnings. Imports transformers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of several (``accelerate launch``) that speaks."""
+    return os.environ.get("RANK", "0") == "0"
