@@ -1,0 +1,155 @@
+"""From a study to its cells: what is to be trained and measured, each addressed by everything that determines it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from analysis.registry import MEASURES
+from analysis.study.inputs import data_identity, library_versions, model_identity
+from analysis.study.sources import measure_code, training_code
+from analysis.study.spec import MeasureEntry, StudySpec
+from analysis.study.work import Measuring, Training
+from analysis.study.worker import Compute
+from bilora.methods import METHODS, method_class
+from bilora.training.record import as_json
+from bilora.training.spec import TrainSpec
+
+
+def canonical(value: Any) -> str:
+    """``value`` as JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One training or one measurement.
+
+    Attributes:
+        kind: ``training`` or ``measure``.
+        label: what the progress shows, for example ``Bi-LoRA, seed 0: spectrum full``. Not part of the address.
+        determinants: everything the result depends on, as JSON values.
+        compute: the work, picklable; see :data:`analysis.study.worker.Compute`.
+        cost: estimated relative cost of a training, by which the longest is started first.
+        training: the training cell a measurement belongs to; None for a training.
+    """
+
+    kind: str
+    label: str
+    determinants: Mapping[str, Any]
+    compute: Compute
+    cost: float = 0.0
+    training: "Cell | None" = None
+
+    @cached_property
+    def address(self) -> str:
+        """sha256 of the canonical determinants, 64 hexadecimal digits."""
+        return hashlib.sha256(canonical({"kind": self.kind, **self.determinants}).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Name of the cell's folder."""
+        return f"{self.kind}-{self.address[:16]}"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a measurement stands in the table: under which label and seed. Two labels may share a cell."""
+
+    method: str
+    seed: int
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a study, each once, and where their rows go, in table order."""
+
+    cells: tuple[Cell, ...]
+    placements: tuple[Placement, ...]
+
+
+def plan_study(spec: StudySpec) -> Plan:
+    """The cells of ``spec``: trainings (method × seed), then each one's measurements.
+
+    Raises:
+        UserError: a model or a data file that is not there.
+    """
+    outside = {
+        "model": model_identity(spec.model),
+        "task": data_identity(spec.task),
+        "versions": library_versions(),
+        "device": _device_kind(),
+    }
+    trainings: dict[str, Cell] = {}
+    measurements: dict[str, Cell] = {}
+    placements: list[Placement] = []
+    for label in spec.methods:
+        for seed in spec.seeds:
+            training = _training_cell(spec, label, seed, outside)
+            training = trainings.setdefault(training.name, training)
+            for entry in spec.measures:
+                for space in entry.all_spaces():
+                    if space == "lora" and not method_class(spec.methods[label].method).needs_lora:
+                        continue
+                    cell = _measure_cell(entry, space, training, f"{label}, seed {seed}")
+                    placements.append(Placement(label, seed, measurements.setdefault(cell.name, cell)))
+    return Plan((*trainings.values(), *measurements.values()), tuple(placements))
+
+
+def train_spec(spec: StudySpec, label: str, seed: int) -> TrainSpec:
+    """How the study trains the method ``label`` with ``seed``.
+
+    Raises:
+        pydantic.ValidationError: a training argument that is not one.
+    """
+    method = spec.methods[label]
+    return TrainSpec(
+        model=spec.model,
+        task=spec.task,
+        lora=spec.lora,
+        method=method.method,
+        settings=method.settings,
+        training=spec.training_of(label),
+        seed=seed,
+    )
+
+
+def _training_cell(spec: StudySpec, label: str, seed: int, outside: Mapping[str, Any]) -> Cell:
+    run = train_spec(spec, label, seed)
+    method = method_class(run.method)
+    determinants = {**as_json(run), **outside, "code": _training_code(run.method)}
+    if not method.needs_lora:
+        del determinants["lora"]
+    steps = run.training.get("max_steps") or run.training.get("num_train_epochs", 3)
+    return Cell("training", f"{label}, seed {seed}: training", determinants, Training(run), method.passes * steps)
+
+
+def _training_code(name: str) -> str:
+    return training_code(method_class(name).__module__, [cls.__module__ for cls in METHODS.values()])
+
+
+def _measure_cell(entry: MeasureEntry, space: str, training: Cell, owner: str) -> Cell:
+    assert isinstance(training.compute, Training)
+    determinants = {
+        "training": training.address,
+        "measure": entry.measure,
+        "settings": entry.all_settings().model_dump(mode="json"),
+        "space": space,
+        "split": entry.split,
+        "examples": entry.examples,
+        "batch_size": entry.batch_size,
+        "code": measure_code(MEASURES[entry.measure].run.__module__),
+    }
+    what = " ".join(part for part in (entry.measure, space, f"({entry.split})") if part)
+    compute = Measuring(training.compute.spec, training.name, entry, space)
+    return Cell("measure", f"{owner}: {what}", determinants, compute, training=training)
+
+
+def _device_kind() -> str:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"

@@ -1,0 +1,97 @@
+"""The result table of the terminal: a line a quantity, a column a method."""
+
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+from rich.table import Table
+
+from analysis.statistics import UNDECIDED, paired_differences, summarize
+
+KEY_QUANTITIES: dict[str, tuple[str, ...]] = {
+    "quality": ("accuracy", "loss"),
+    "random": ("loss_rise",),
+    "adversarial": ("loss_rise",),
+    "spectrum": ("eigenvalue",),
+    "subspace": ("outside_share", "overlap"),
+}
+"""What stands in the table: of every measure the quantities a reader asks for first."""
+
+_LINE = ["measure", "space", "quantity", "kind", "split", "radius", "index"]
+
+
+def result_table(frame: pd.DataFrame, baseline: str) -> Table:
+    """Mean over seeds ± half width of the 95 % interval; ``*`` where the difference to ``baseline`` is decided.
+
+    Of several radii the middle one is shown, of several eigenvalues the largest in magnitude.
+    """
+    summary = _whole_space(summarize(frame))
+    methods = list(dict.fromkeys(frame["method"]))
+    seeds = frame["seed"].nunique()
+    decided = _decided(frame, baseline) if len(methods) > 1 and seeds > 1 else set()
+    spread = "mean ± half width of the 95 % interval" if seeds > 1 else "one seed, no interval"
+    table = Table(title=f"{frame['study'].iloc[0]}: {spread} over {seeds} seed{'s' * (seeds > 1)}")
+    table.add_column("quantity")
+    for method in methods:
+        table.add_column(method, justify="right", no_wrap=True)
+    for key, lines in _shown(summary):
+        values = {
+            m: (mean, half) for m, mean, half in zip(lines["method"], lines["mean"], lines["half_width"], strict=True)
+        }
+        cells = []
+        for method in methods:
+            star = "*" if (method, *key) in decided else ""
+            cells.append(_interval(*values[method]) + star if method in values else "")
+        table.add_row(_title(key), *cells)
+    if decided:
+        table.caption = f"* differs from {baseline}: paired by seed, Holm-corrected over methods, 5 %"
+    return table
+
+
+def _whole_space(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["layer"] == ""]
+
+
+def _decided(frame: pd.DataFrame, baseline: str) -> set[tuple[object, ...]]:
+    differences = _whole_space(paired_differences(frame, baseline))
+    clear = differences[differences["verdict"] != UNDECIDED]
+    return {(row["method"], *(_hashable(row[name]) for name in _LINE)) for _, row in clear.iterrows()}
+
+
+def _shown(summary: pd.DataFrame) -> Iterator[tuple[tuple[object, ...], pd.DataFrame]]:
+    """The chosen quantities, each with one row a method."""
+    for measure, quantities in KEY_QUANTITIES.items():
+        for quantity in quantities:
+            rows = summary[(summary["measure"] == measure) & (summary["quantity"] == quantity)]
+            for _, group in rows.groupby(["space", "kind", "split"], sort=False):
+                chosen = group[group["index"] == group["index"].min()]
+                radii = sorted(radius for radius in chosen["radius"].dropna().unique() if radius > 0)
+                if radii:
+                    chosen = chosen[chosen["radius"] == radii[len(radii) // 2]]
+                first = chosen.iloc[0]
+                yield tuple(_hashable(first[name]) for name in _LINE), chosen
+
+
+def _hashable(value: object) -> object:
+    """NaN is not equal to itself: in keys it is None."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _title(key: tuple[object, ...]) -> str:
+    measure, space, quantity, kind, split, radius, _ = key
+    name = str(quantity) if measure == "quality" else f"{measure} {str(quantity).replace('_', ' ')}"
+    details = [str(kind).replace("_", " ") if kind else "", f"{space} space" if space else "", str(split or "")]
+    if radius is not None:
+        details.append(f"radius {radius:g}")
+    return ", ".join([name, *(detail for detail in details if detail)])
+
+
+def _interval(mean: float, half_width: float) -> str:
+    """The mean to the digits its interval leaves meaningful."""
+    if not math.isfinite(mean):
+        return "not finite"
+    if not math.isfinite(half_width):
+        return f"{mean:.4g}"
+    leading = max(abs(mean) / 100, half_width)
+    digits = 2 if leading == 0 else min(8, max(0, 1 - math.floor(math.log10(leading))))
+    return f"{mean:.{digits}f} ± {half_width:.{digits}f}"

@@ -1,0 +1,99 @@
+"""What a worker process does with a cell: take its lock, compute, store."""
+
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.study.store import Busy, Store
+
+COMPUTED, FOUND, BUSY, FAILED, SKIPPED = "computed", "found", "busy", "failed", "skipped"
+
+Compute = Callable[[Path, Store], dict[str, Any]]
+"""``compute(folder, store)`` leaves a cell's files in ``folder`` and returns what else its record should say."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt at a cell ended.
+
+    Attributes:
+        status: ``computed``, ``found`` (finished by another process in between), ``busy`` (another process is at it),
+            ``failed`` or ``skipped``.
+        seconds: wall time.
+        note: the reason, one line, where it failed.
+    """
+
+    status: str
+    seconds: float = 0.0
+    note: str = ""
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Environment in which spawned processes use one thread; the parent's is put back afterwards."""
+    wanted = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def start_worker() -> None:
+    """Runs first in every worker: one torch thread, quiet libraries, and an end when the parent ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _end_with(parent: Any) -> None:
+    # A killed parent cannot stop its workers; left alone they would hold their cells' locks.
+    parent.join()
+    os._exit(1)
+
+
+def attempt(store: Store, name: str, determinants: dict[str, Any], compute: Compute, *, keep: bool) -> Outcome:
+    """Compute the cell ``name`` unless it is finished or another process is at it.
+
+    Args:
+        store: where it goes.
+        name: folder name of the cell.
+        determinants: goes into its record.
+        compute: the work.
+        keep: whether what a killed attempt left behind is of use (a training's checkpoints).
+    """
+    started = time.monotonic()
+    try:
+        with store.locked(name):
+            if store.record(name) is not None:
+                return Outcome(FOUND)
+            try:
+                folder = store.begin(name, keep=keep)
+                extra = compute(folder, store)
+                seconds = time.monotonic() - started
+                store.finish(name, {"determinants": determinants, "seconds": round(seconds, 3), **extra})
+            except Exception as error:
+                store.fail(name, traceback.format_exc())
+                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                return Outcome(FAILED, time.monotonic() - started, reason)
+    except Busy:
+        return Outcome(BUSY)
+    return Outcome(COMPUTED, seconds)
