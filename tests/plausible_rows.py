@@ -61,12 +61,13 @@ def _sharpness(rng, space, scale, directions):
             yield {**common, "quantity": "loss_rise_mean", "value": rises.mean(), "standard_error": error}
     for radius in [0.0, *RADII]:
         rise = scale * 2 * radius * stretch * (1 + 0.1 * rng.standard_normal())
-        common = {"measure": "adversarial", "space": space, "split": "train", "radius": radius}
+        common = {"measure": "adversarial", "space": space, "kind": "gradient", "split": "train", "radius": radius}
         norm = {"induced_norm": radius * stretch}
         yield {**common, **norm, "quantity": "loss", "value": 0.2 + rise}
-        yield {**common, **norm, "quantity": "loss_rise", "value": rise}
         yield {**common, **norm, "quantity": "accuracy", "value": max(0.5, 0.93 - 0.3 * rise)}
-        yield {**common, **norm, "quantity": "first_order", "value": scale * radius}
+        if radius:
+            yield {**common, **norm, "quantity": "loss_rise", "value": rise}
+            yield {**common, "quantity": "first_order", "value": scale * radius}
 
 
 def _spectrum(rng, space, scale):
@@ -85,18 +86,18 @@ def _landscape(rng, space, scale, directions):
         for alpha in np.linspace(-1, 1, 21).round(3):
             loss, norm = 0.2 + tilt * alpha + abs(bend) * alpha**2, abs(alpha) * stretch
             yield {
-                "measure": "landscape", "space": space, "quantity": "loss", "split": "train", "radius": alpha,
+                "measure": "landscape", "space": space, "quantity": "loss", "kind": "filter", "split": "train", "radius": alpha,
                 "index": index, "value": loss, "induced_norm": norm,
             }  # fmt: skip
 
 
 def _subspace(rng, method):
     if method == "Bi-LoRA":
-        for layer in LAYERS:
+        for layer in ["", *LAYERS]:
             for kind in ("column", "row"):
                 value = rng.uniform(0.03, 0.3)
                 yield {
-                    "measure": "subspace", "space": "full", "quantity": "overlap", "kind": kind, "layer": layer,
+                    "measure": "subspace", "space": "lora", "quantity": "overlap", "kind": kind, "layer": layer,
                     "value": value, "chance": 8 / 384,
                 }  # fmt: skip
     if method == "Full FT":
@@ -108,6 +109,6 @@ def _subspace(rng, method):
         for layer in ["", *LAYERS[:2]]:
             value = min(1.0, max(0.0, share + 0.02 * rng.standard_normal()))
             yield {
-                "measure": "subspace", "space": "full", "quantity": "outside_share", "kind": kind, "layer": layer,
-                "value": value, "chance": 0.96,
+                "measure": "subspace", "space": "lora", "quantity": "outside_share", "kind": kind, "split": "train",
+                "layer": layer, "value": value, "chance": 0.96,
             }  # fmt: skip

@@ -1,0 +1,165 @@
+"""What all figures share: choosing rows, laying panels side by side, legend and caption outside the data."""
+
+import io
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from typing import Literal, ParamSpec
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from analysis.plots.style import RC, SPACE_TITLES, MethodStyle
+from bilora.errors import UserError
+
+Drawn = ParamSpec("Drawn")
+Shared = Literal["none", "all", "row", "col"]
+
+
+NON_FINITE = "_non-finite"
+"""Label of the marks at the top edge (the underscore keeps it out of legends)."""
+
+
+class NothingToDraw(UserError):
+    """The rows of a figure were not measured."""
+
+
+def chosen(frame: pd.DataFrame, measure: str, quantity: str) -> pd.DataFrame:
+    """The rows of one quantity.
+
+    Raises:
+        NothingToDraw: there are none.
+    """
+    rows = frame[(frame["measure"] == measure) & (frame["quantity"] == quantity)]
+    if rows.empty:
+        raise NothingToDraw(f"no {quantity} rows of measure {measure} to draw: add {measure} to the study's measures")
+    return rows
+
+
+class Drawing(Figure):
+    """A figure that pyplot does not know of, so that none piles up in memory; a notebook shows it all the same."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with mpl.rc_context(RC):
+            self.savefig(buffer, format="png", dpi=130)
+        return buffer.getvalue()
+
+
+def styled(draw: Callable[Drawn, Figure]) -> Callable[Drawn, Figure]:
+    """Draw in the project's style, whatever the caller's matplotlib settings, and leave those alone."""
+
+    @wraps(draw)
+    def drawn(*args: Drawn.args, **kwargs: Drawn.kwargs) -> Figure:
+        with mpl.rc_context(RC):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def panels(
+    rows: int, columns: int, width: float, height: float, *, sharex: Shared = "none", sharey: Shared = "none"
+) -> tuple[Figure, np.ndarray]:
+    """A figure with a grid of axes, (rows, columns); sizes in inches."""
+    layout = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05, wspace=0.03, hspace=0.03)
+    figure = Drawing(figsize=(width, height), layout=layout)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
+
+
+def draw_bar(axes: Axes, x: float, bar: pd.Series, values: pd.Series, look: MethodStyle, width: float) -> None:
+    """A mean (``mean``, ``low``, ``high`` of ``bar``) with its interval, and every seed's value as a dot."""
+    axes.bar(x, bar["mean"], 0.9 * width, color=look.colour, alpha=0.55, linewidth=0)
+    axes.plot([x, x], [bar["low"], bar["high"]], color="0.25", linewidth=0.8)
+    (dots,) = axes.plot([x] * len(values), values, linestyle="none", marker=look.marker, markersize=2.8)
+    dots.set(color=look.colour, markeredgecolor="white", markeredgewidth=0.3, zorder=3)
+
+
+def line_handles(styles: Mapping[str, MethodStyle], drawn: Iterable[str], *, markers: bool) -> list[Line2D]:
+    """Legend entries of methods drawn as lines."""
+    here = set(drawn)
+    return [
+        Line2D([], [], color=s.colour, linestyle=s.line, marker=s.marker if markers else "", markeredgewidth=0, label=m)
+        for m, s in styles.items()
+        if m in here
+    ]
+
+
+def bar_handles(styles: Mapping[str, MethodStyle], drawn: Iterable[str]) -> list[Patch]:
+    """Legend entries of methods drawn as bars."""
+    here = set(drawn)
+    return [Patch(color=s.colour, alpha=0.55, linewidth=0, label=m) for m, s in styles.items() if m in here]
+
+
+def legend(figure: Figure, handles: Sequence[Artist], width: float) -> None:
+    """One legend for all panels, above them."""
+    columns = min(len(handles), max(1, int(width / 1.05)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.4, columnspacing=1.4)
+
+
+def caption(figure: Figure, text: str, width: float) -> None:
+    """A line below the panels that explains bands, whiskers and marks."""
+    wrapped = textwrap.fill(text, width=int(width * 18.6))
+    figure.supxlabel(wrapped, fontsize=7, color="0.3", ha="left", x=0.01)
+
+
+def interval_words(table: pd.DataFrame, what: str, confidence: float) -> str:
+    """The sentence that says what the drawn spread is, for example "band: 95 % t-interval over 3 seeds"."""
+    seeds = sorted({int(n) for n in table["n_seeds"]})
+    if max(seeds, default=0) < 2:
+        return f"One seed: no {what} can be drawn."
+    counted = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]}–{seeds[-1]}"
+    words = f"{what.capitalize()}: {100 * confidence:g} % t-interval over {counted} training seeds"
+    return words + (" (few: intervals are wide)." if min(s for s in seeds if s > 1) <= 3 else ".")
+
+
+def mark_non_finite(axes: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle], x: str) -> int:
+    """Put a method's hollow marker at the top edge wherever some of its values are not finite; returns their count."""
+    for position, (method, look) in enumerate(styles.items()):
+        lost = table[(table["method"] == method) & (table["n_non_finite"] > 0)]
+        if lost.empty:
+            continue
+        at = lost[x].fillna(axes.get_xlim()[1])
+        height = np.full(len(lost), 0.985 - 0.04 * position)
+        (marks,) = axes.plot(at, height, linestyle="none", marker=look.marker, transform=axes.get_xaxis_transform())
+        marks.set(markersize=5, markerfacecolor="white", markeredgecolor=look.colour, zorder=5, label=NON_FINITE)
+        marks.set(clip_on=False, in_layout=False)
+    return int(table["n_non_finite"].sum())
+
+
+def non_finite_words(count: int) -> str:
+    """What the markers at the top edge mean; empty without any."""
+    if not count:
+        return ""
+    return f" Hollow markers at the top edge: {count} losses there are not finite and are left out of the means."
+
+
+def spread_limits(table: pd.DataFrame, low: str = "low", high: str = "high") -> tuple[float, float]:
+    """Axis limits that hold all means, and intervals as far as they do not dwarf the means.
+
+    With few seeds an interval can be many times wider than all means together; past one range of the means it is cut.
+    """
+    mean = table["mean"].dropna()
+    if mean.empty:
+        return 0.0, 1.0
+    span = max(float(mean.max() - mean.min()), 1e-12 + 0.02 * float(mean.abs().max()))
+    bottom = max(np.nanmin([*table[low], mean.min()]), mean.min() - span)
+    top = min(np.nanmax([*table[high], mean.max()]), mean.max() + span)
+    margin = 0.05 * (top - bottom)
+    return float(bottom - margin), float(top + margin)
+
+
+def space_title(space: str) -> str:
+    """Panel title of a space."""
+    return SPACE_TITLES.get(space, space or "no space")
+
+
+def variants(table: pd.DataFrame, columns: Iterable[str]) -> list[tuple[str, ...]]:
+    """The distinct combinations of ``columns``, sorted: one panel row each."""
+    return sorted(set(table[list(columns)].itertuples(index=False, name=None)))

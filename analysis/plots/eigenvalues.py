@@ -1,0 +1,84 @@
+"""Largest Hessian eigenvalues of each method, LoRA space beside full space."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis.plots import canvas
+from analysis.plots.style import PAGE, in_space_order, styles_for
+from analysis.statistics import KEYS, per_seed, summarize
+
+UNCONVERGED = "_unconverged"
+"""Label of the crosses."""
+
+TOLERANCE = 1e-2
+"""Relative residual above which an eigenvalue is marked as not converged."""
+
+
+def eigenvalue_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """What :func:`eigenvalue_bars` draws: one row per method, space, rank and seed, with the mean over seeds beside it.
+
+    Raises:
+        NothingToDraw: the spectrum was not measured.
+    """
+    rows = canvas.chosen(frame, "spectrum", "eigenvalue")
+    rows = rows[rows["layer"] == ""]
+    keys = ["method", *KEYS]
+    means = summarize(rows, confidence)[[*keys, "mean", "low", "high", "n_seeds"]]
+    table = per_seed(rows).drop(columns=["induced_norm", "chance", "n_directions"]).merge(means, on=keys)
+    return table.sort_values(["split", "space", "method", "index", "seed"], ignore_index=True)
+
+
+@canvas.styled
+def eigenvalue_bars(frame: pd.DataFrame, confidence: float = 0.95, tolerance: float = TOLERANCE) -> Figure:
+    """Mean eigenvalue per rank and method as a bar, its interval as a whisker, every seed as a dot.
+
+    Args:
+        frame: the tidy rows of one study.
+        confidence: level of the whiskers, in (0, 1).
+        tolerance: eigenvalues with a larger relative residual ‖Hv − λv‖/|λ| get a cross: they have not converged.
+
+    Raises:
+        NothingToDraw: the spectrum was not measured.
+    """
+    styles = styles_for(frame["method"])
+    table = eigenvalue_table(frame, confidence)
+    spaces, splits = in_space_order(table["space"]), canvas.variants(table, ["split"])
+    figure, grid = canvas.panels(len(splits), len(spaces), PAGE, 0.75 + 2.1 * len(splits))
+    unconverged = 0
+    for (split,), line in zip(splits, grid, strict=True):
+        for space, axes in zip(spaces, line, strict=True):
+            panel = table[(table["space"] == space) & (table["split"] == split)]
+            present = [m for m in styles if m in set(panel["method"])]
+            width = 0.82 / max(len(present), 1)
+            for position, method in enumerate(present):
+                look = styles[method]
+                seeds = panel[panel["method"] == method]
+                shift = (position - (len(present) - 1) / 2) * width
+                for rank in seeds["index"].unique():
+                    values = seeds[seeds["index"] == rank]
+                    canvas.draw_bar(axes, rank + shift, values.iloc[0], values["value"], look, width)
+                loose = seeds[seeds["residual"] > tolerance]
+                (crosses,) = axes.plot(
+                    loose["index"] + shift, loose["value"], linestyle="none", marker="x", color="black"
+                )
+                crosses.set(markersize=6, zorder=4, label=UNCONVERGED)
+                unconverged += len(loose)
+            axes.axhline(0, color="0.25", linewidth=0.7)
+            low, high = canvas.spread_limits(panel.assign(mean=panel["value"]))
+            axes.set_ylim(min(low, 0), max(high, 0))
+            axes.set_xticks(sorted(panel["index"].unique()))
+            axes.tick_params(axis="x", length=0)
+            axes.grid(visible=False, axis="x")
+            axes.set_title(canvas.space_title(space))
+            axes.set_xlabel("rank by magnitude")
+        line[0].set_ylabel("Hessian eigenvalue λ" + (f" ({split})" if split else ""))
+    dot = Line2D([], [], marker="o", markersize=3, color="0.4", linestyle="none", label="one seed")
+    canvas.legend(figure, [*canvas.bar_handles(styles, table["method"]), dot], PAGE)
+    words = canvas.interval_words(table, "whiskers", confidence)
+    words += " The axes differ: factor curvature and curvature in W have different units."
+    if unconverged:
+        words += f" Crosses: {unconverged} eigenvalues with a relative residual above {tolerance:g}, not converged."
+    lost = int((table["n_non_finite"] > 0).sum())
+    canvas.caption(figure, words + (f" {lost} eigenvalues are not finite and not drawn." if lost else ""), PAGE)
+    return figure

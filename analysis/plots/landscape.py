@@ -1,0 +1,59 @@
+"""The loss along filter-normalised random lines, LoRA space beside full space."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.plots import canvas
+from analysis.plots.style import PAGE, in_space_order, styles_for
+from analysis.statistics import summarize
+
+
+def landscape_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """The means and intervals that :func:`landscape_lines` draws: one row per method, space, split and coordinate.
+
+    Raises:
+        NothingToDraw: the landscape was not measured.
+    """
+    return summarize(canvas.chosen(frame, "landscape", "loss"), confidence).sort_values(
+        ["split", "space", "method", "radius"], ignore_index=True
+    )
+
+
+@canvas.styled
+def landscape_lines(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
+    """Mean loss over the filter-normalised distance α, with the interval over seeds; all panels share the loss axis.
+
+    Directions are averaged within a training seed before seeds are compared.
+
+    Args:
+        frame: the tidy rows of one study.
+        confidence: level of the band, in (0, 1).
+
+    Raises:
+        NothingToDraw: the landscape was not measured.
+    """
+    styles = styles_for(frame["method"])
+    table = landscape_table(frame, confidence)
+    spaces, splits = in_space_order(table["space"]), canvas.variants(table, ["split"])
+    figure, grid = canvas.panels(len(splits), len(spaces), PAGE, 0.75 + 2.1 * len(splits), sharey="all")
+    lost = 0
+    for (split,), line in zip(splits, grid, strict=True):
+        for space, axes in zip(spaces, line, strict=True):
+            panel = table[(table["space"] == space) & (table["split"] == split)]
+            for method, look in styles.items():
+                curve = panel[panel["method"] == method]
+                axes.plot(curve["radius"], curve["mean"], color=look.colour, linestyle=look.line)
+                band = axes.fill_between(curve["radius"], curve["low"], curve["high"])
+                band.set(color=look.colour, alpha=0.13, linewidth=0)
+            axes.set_ylim(*canvas.spread_limits(table))
+            axes.set_title(canvas.space_title(space))
+            axes.set_xlabel(f"filter-normalised distance α in {'(A, B)' if space == 'lora' else 'W'}")
+            axes.margins(x=0)
+            lost += canvas.mark_non_finite(axes, panel, styles, "radius")
+        line[0].set_ylabel(f"loss ({split})" if split else "loss")
+    canvas.legend(figure, canvas.line_handles(styles, table["method"], markers=False), PAGE)
+    directions = int(table["n_directions"].min())
+    words = f"Line: mean over seeds of {directions} random direction{'s' * (directions != 1)} each. "
+    words += canvas.interval_words(table, "band", confidence) + " The two α are not the same distance in W."
+    canvas.caption(figure, words + canvas.non_finite_words(lost), PAGE)
+    return figure

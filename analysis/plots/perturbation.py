@@ -1,0 +1,139 @@
+"""Loss rise over perturbation radius, random and adversarial, both spaces side by side."""
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from analysis.plots import canvas
+from analysis.plots.style import PAGE, in_space_order, styles_for
+from analysis.statistics import summarize
+
+X = Literal["radius", "induced_norm"]
+
+EPS_W = r"$\Vert\varepsilon_W\Vert$"
+
+_DECADES = 20.0  # a range of values wider than this factor is drawn on a log axis
+_DODGE = 0.035  # sideways shift between methods at one radius, in units of the spacing
+
+
+def perturbation_table(
+    frame: pd.DataFrame, measure: str = "random", quantity: str = "loss_rise", confidence: float = 0.95
+) -> pd.DataFrame:
+    """The means and intervals that :func:`perturbation_curves` draws: one row per method, space, kind, split, radius.
+
+    Raises:
+        NothingToDraw: the quantity was not measured.
+    """
+    return summarize(canvas.chosen(frame, measure, quantity), confidence).sort_values(
+        ["kind", "split", "space", "method", "radius"], ignore_index=True
+    )
+
+
+@canvas.styled
+def perturbation_curves(
+    frame: pd.DataFrame,
+    measure: str = "random",
+    *,
+    quantity: str = "loss_rise",
+    x: X = "radius",
+    confidence: float = 0.95,
+) -> Figure:
+    """A quantity over the radius of a perturbation; one panel per space, one row per kind and split.
+
+    Args:
+        frame: the tidy rows of one study.
+        measure: ``"random"`` or ``"adversarial"``.
+        quantity: ``loss_rise``, or ``loss``, ``accuracy`` where measured.
+        x: ``"radius"``, whose unit differs between spaces and kinds, or ``"induced_norm"``, the realised ‖eps_W‖, which
+            makes the spaces comparable.
+        confidence: level of the whiskers, in (0, 1).
+
+    Raises:
+        NothingToDraw: the quantity was not measured.
+    """
+    styles = styles_for(frame["method"])
+    table = perturbation_table(frame, measure, quantity, confidence)
+    spaces, kinds = in_space_order(table["space"]), canvas.variants(table, ["kind", "split"])
+    shared = x == "induced_norm"
+    figure, grid = canvas.panels(
+        len(kinds), len(spaces), PAGE, 0.75 + 2.0 * len(kinds),
+        sharex="row" if shared else "none", sharey="row",
+    )  # fmt: skip
+    lost, reaches_zero = 0, False
+    for (kind, split), line in zip(kinds, grid, strict=True):
+        of_kind = table[(table["kind"] == kind) & (table["split"] == split)]
+        log_y = quantity == "loss_rise" and _spans_decades(of_kind["mean"])
+        for space, axes in zip(spaces, line, strict=True):
+            panel = of_kind[of_kind["space"] == space]
+            log_x = _spans_decades(of_kind[x] if shared else panel[x], factor=5)
+            for position, (method, look) in enumerate(styles.items()):
+                curve = panel[panel["method"] == method]
+                at = curve[x] if shared else _dodged(curve[x], position - (len(styles) - 1) / 2, log_x)
+                whiskers = np.stack([curve["mean"] - curve["low"], curve["high"] - curve["mean"]])
+                bars = axes.errorbar(at, curve["mean"], whiskers, elinewidth=0.8, color=look.colour, marker=look.marker)
+                bars.lines[0].set(linestyle=look.line, markeredgewidth=0)
+            if log_x:
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            if log_x and not shared:
+                axes.set_xticks(sorted(panel[x].unique()))
+                axes.xaxis.set_minor_locator(NullLocator())
+            if log_y:
+                axes.set_yscale("log")
+                axes.set_ylim(*_log_limits(of_kind))
+                reaches_zero |= bool((panel["low"] <= 0).any())
+            else:
+                axes.set_ylim(*canvas.spread_limits(of_kind))
+            axes.set_title(canvas.space_title(space))
+            axes.set_xlabel(_x_label(x, space, kind))
+            lost += canvas.mark_non_finite(axes, panel, styles, x)
+        line[0].set_ylabel(_y_label(quantity, measure, kind, split))
+    canvas.legend(figure, canvas.line_handles(styles, table["method"], markers=True), PAGE)
+    words = canvas.interval_words(table, "whiskers", confidence)
+    if measure == "random":
+        words = f"Mean over {int(table['n_directions'].min())} directions per seed. " + words
+    if reaches_zero:
+        words += " Whiskers that meet the lower edge reach 0 or below."
+    words += (
+        rf" Equal {EPS_W} can be compared across the two panels."
+        if shared
+        else " Points of one radius are set side by side; radii of the two spaces are not comparable."
+    )
+    canvas.caption(figure, words + canvas.non_finite_words(lost), PAGE)
+    return figure
+
+
+def _spans_decades(values: pd.Series, factor: float = _DECADES) -> bool:
+    finite = values.dropna()
+    return bool(len(finite) and finite.min() > 0 and finite.max() / finite.min() > factor)
+
+
+def _log_limits(table: pd.DataFrame) -> tuple[float, float]:
+    """Limits that hold all means; intervals that reach 0 run off the lower edge, very wide ones off the upper."""
+    low, high = table["mean"].min(), table["mean"].max()
+    return float(low / 2.5), float(max(high * 2, min(table["high"].max(), high * 5)))
+
+
+def _dodged(x: pd.Series, step: float, log: bool) -> pd.Series:
+    if len(x) < 2:
+        return x
+    spacing = np.diff(np.log(x) if log else x).min()
+    shift = _DODGE * step * spacing
+    return x * np.exp(shift) if log else x + shift
+
+
+def _x_label(x: X, space: str, kind: str) -> str:
+    if x == "induced_norm":
+        return f"induced {EPS_W}"
+    if kind == "filter":
+        return r"noise strength $\sigma$, relative to row norms"
+    return r"radius $\rho=\Vert(\varepsilon_A,\varepsilon_B)\Vert$" if space == "lora" else rf"radius $\rho=${EPS_W}"
+
+
+def _y_label(quantity: str, measure: str, kind: str, split: str) -> str:
+    what = {"loss_rise": "loss rise"}.get(quantity, quantity)
+    direction = {"adversarial": "gradient step"}.get(measure, f"{kind} noise" if kind else measure)
+    return f"{what}, {direction}" + (f"\n({split})" if split else "")
