@@ -97,6 +97,12 @@ def loss_lines(
     losses = np.full(shape, objective.loss(space))
     norms = np.zeros(shape)
     total = settings.directions * (settings.points - 1) + 1
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    report(1)
     done = 1
     for i in range(settings.directions):
         direction = filter_normalized(space, gaussian(space, settings.seed, i))
@@ -106,8 +112,7 @@ def loss_lines(
                 losses[i, j] = objective.loss(space)
             norms[i, j] = space.induced_norm(direction, t)
             done += 1
-            if progress is not None:
-                progress(done, total)
+            report(done)
     return LossLines(space.name, objective.name, coordinates, losses, norms)
 
 

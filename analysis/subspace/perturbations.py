@@ -6,7 +6,9 @@
     gradient_rank_r   rho·G_r/‖G_r‖, r the rank of the layer's adapter
     filter_noise      eps_ij ~ N(0, sigma²/n · ‖W_i,:‖²), a draw of Flat-LoRA's noise
 
-What thin factors can hold stays factored. Gradients are those of the mean loss over all examples.
+Filter noise is not spread evenly over rows: where B has lengthened rows of W it leans towards Col(B), and its outside
+share falls below the chance level. What thin factors can hold stays factored. Gradients are those of the mean loss over
+all examples.
 """
 
 from collections.abc import Mapping
