@@ -142,7 +142,7 @@ def outside_shares(
     def perturbation(kind: Kind) -> Mapping[str, Perturbation]:
         match kind:
             case "auxiliary":
-                return {layer: perturbations.factored(f) for layer, f in (auxiliary or {}).items()}
+                return {layer: perturbations.factored(f, full.device) for layer, f in (auxiliary or {}).items()}
             case "lora_sam":
                 return perturbations.lora_sam(objective, lora, rho)
             case "gradient":

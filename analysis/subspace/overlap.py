@@ -75,7 +75,7 @@ def _compared(layer: str, side: Literal["column", "row"], first: Tensor, second:
     ambient = first.shape[0] if side == "column" else first.shape[1]
     nominal = first.numel() // ambient, second.numel() // ambient
     basis = column_basis if side == "column" else row_basis
-    U, V = basis(first), basis(second)
+    U, V = basis(first), basis(second.to(first.device))
     dimensions = (U.shape[1], V.shape[1]) if min(U.shape[1], V.shape[1]) else nominal
     return LayerOverlap(layer, side, overlap(U, V), max(dimensions) / ambient, largest_angle(U, V))
 

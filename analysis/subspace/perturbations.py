@@ -28,9 +28,10 @@ Kind = Literal["auxiliary", "lora_sam", "gradient", "gradient_rank_r", "filter_n
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-def factored(factors: Factors) -> LowRank:
-    """``s·B·A`` without forming it."""
-    return LowRank(factors.scale * factors.B.detach().double(), factors.A.detach().double())
+def factored(factors: Factors, device: torch.device | str = "cpu") -> LowRank:
+    """``s·B·A`` on ``device`` without forming it."""
+    B, A = (t.detach().to(device, torch.float64) for t in (factors.B, factors.A))
+    return LowRank(factors.scale * B, A)
 
 
 def induced(factors: Factors, eps_B: torch.Tensor, eps_A: torch.Tensor) -> LowRank:
