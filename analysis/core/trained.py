@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from bilora.tasks import base_fingerprint
 from bilora.training.record import RECORD_FILE
 from bilora.training.saved import load_method
 
+CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
@@ -48,10 +50,14 @@ def load_trained(folder: Path, model: PreTrainedModel) -> Trained:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give the folder of a trained adapter")
-    for name in ("adapter_config.json", ADAPTER_FILE):
+    for name in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: give the folder of a PEFT adapter saved as safetensors")
-    if isinstance(model, PeftModel):
+    try:
+        json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG_FILE} is damaged ({error}): save the adapter again") from error
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UserError("the base model carries an adapter already: load the adapter onto a fresh base model")
     _check_shapes(folder, model)
     _check_fingerprint(folder, model)
@@ -85,9 +91,9 @@ def _check_shapes(folder: Path, model: nn.Module) -> None:
         name = key.removeprefix(PREFIX)
         layer, is_factor, kind = name.partition(".lora_")
         if not is_factor:
-            known = name not in parameters or tuple(parameters[name].shape) == shape
-            if not known:
-                raise UserError(_other_base(folder, name, shape, tuple(parameters[name].shape)))
+            expected = tuple(parameters[name].shape) if name in parameters else shape
+            if shape != expected:
+                raise UserError(_other_base(folder, name, shape, expected))
             continue
         if layer not in modules:
             raise UserError(f"{folder} adapts {layer}, which this base model lacks: give the base it was trained on")

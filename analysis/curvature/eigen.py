@@ -97,7 +97,7 @@ def top_eigenvalues(
     Raises:
         UserError: a setting out of range, or a loss that is not finite or does not depend on the space.
     """
-    _check(space, k, tolerance, max_products, which, backend)
+    _check(space, k, tolerance, max_products, which, start, backend)
     budget = GRAPH_BUDGET if retain == "auto" else None
     keep = retain is not False and backend == "lanczos"
     with HessianOperator(objective, space, retain=keep, budget=budget) as operator:
@@ -146,9 +146,13 @@ def top_eigenvalues(
     )
 
 
-def _check(space: WeightSpace, k: int, tolerance: float, max_products: int, which: str, backend: str) -> None:
+def _check(
+    space: WeightSpace, k: int, tolerance: float, max_products: int, which: str, start: str, backend: str
+) -> None:
     if which not in ("magnitude", "largest", "smallest"):
         raise UserError(f"which is {which!r}: choose magnitude, largest or smallest")
+    if start not in ("gradient", "random"):
+        raise UserError(f"start is {start!r}: choose gradient or random")
     if backend not in ("lanczos", "pyhessian"):
         raise UserError(f"backend is {backend!r}: choose lanczos or pyhessian")
     if backend == "pyhessian" and which != "magnitude":

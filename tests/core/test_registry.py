@@ -1,0 +1,22 @@
+import pytest
+
+from analysis import MEASURES, measure_named, quality
+from analysis.core import COLUMNS, Objective, WeightSpace
+from bilora.errors import UserError
+from tests.oracles import tiny
+
+
+def test_quality_is_loss_and_accuracy_in_any_space():
+    model, objective = tiny.with_lora(tiny.bert()), Objective([tiny.padded(tiny.examples())], name="train")
+    found = quality(objective, WeightSpace.full(model))
+    assert quality(objective, WeightSpace.lora(model)).loss == pytest.approx(found.loss, rel=1e-12)
+    rows = MEASURES["quality"].run(objective, WeightSpace.full(model), MEASURES["quality"].settings(), None).rows()
+    assert [(r["quantity"], r["value"]) for r in rows] == [("loss", found.loss), ("accuracy", found.accuracy)]
+    assert all(tuple(r) == COLUMNS and (r["space"], r["split"]) == ("", "train") for r in rows)
+
+
+def test_the_registry_knows_every_measure():
+    assert list(MEASURES) == ["quality", "random", "adversarial", "spectrum", "landscape", "subspace"]
+    assert all(name == measure.name for name, measure in MEASURES.items())
+    with pytest.raises(UserError, match="choose one of quality, random"):
+        measure_named("flatness")

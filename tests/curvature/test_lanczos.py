@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+import torch
+
+from analysis.core import Objective, WeightSpace
+from analysis.curvature import top_eigenvalues
+from analysis.curvature.lanczos import ROWS, Basis
+from bilora.errors import UserError
+from tests.oracles import tiny
+
+BATCH = [{"x": torch.zeros(2, 1)}]
+
+
+def spectrum(values, k, *, slope=None, dtype=torch.float64, **settings):
+    model = tiny.Quadratic(values, slope, dtype=dtype)
+    settings = {"tolerance": 1e-9, "max_products": 200, **settings}
+    return top_eigenvalues(Objective(BATCH), WeightSpace.all(model), k, **settings)
+
+
+INDEFINITE = [-9.0, -4.0, *np.linspace(-1, 1, 40), 3.0, 7.0, 12.0]
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [("magnitude", [12, -9, 7, -4]), ("largest", [12, 7, 3, 1]), ("smallest", [-9, -4, -1, -1 + 2 / 39])],
+)
+@pytest.mark.parametrize("start", ["gradient", "random"])
+def test_known_indefinite_spectrum(which, expected, start):
+    found = spectrum(INDEFINITE, 4, which=which, start=start)
+    np.testing.assert_allclose(found.values, expected, rtol=1e-10)
+    assert found.converged.all()
+    assert (found.residuals <= 1e-9).all()
+
+
+def test_residuals_are_true():
+    model = tiny.Quadratic(INDEFINITE)
+    space = WeightSpace.all(model)
+    found = top_eigenvalues(Objective(BATCH), space, 3, tolerance=1e-3, vectors=True)
+    for value, residual, vector in zip(found.values, found.residuals, found.vectors, strict=True):
+        v = vector["theta"].flatten()
+        assert float(v.norm()) == pytest.approx(1, rel=1e-12)
+        expected = float((model.H @ v - value * v).norm()) / abs(value)
+        assert residual == pytest.approx(expected, rel=1e-6, abs=1e-14)
+
+
+def test_what_did_not_converge_is_flagged():
+    values = np.linspace(1, 2, 300).tolist()
+    found = spectrum(values, 3, max_products=12)
+    assert found.products == 12
+    assert not found.converged.any()
+    assert (found.residuals > 1e-9).all()
+    flags = [r["value"] for r in found.rows() if r["quantity"] == "converged"]
+    assert flags == [0.0, 0.0, 0.0]
+
+
+def test_looser_tolerance_takes_fewer_products_and_meets_it():
+    values = np.geomspace(1e-3, 10, 200).tolist()
+    products = []
+    for tolerance in (1e-1, 1e-3, 1e-6):
+        found = spectrum(values, 5, tolerance=tolerance)
+        assert found.converged.all()
+        assert (found.residuals <= tolerance).all()
+        # An eigenvalue's error is bounded by the residual norm.
+        np.testing.assert_allclose(found.values, values[::-1][:5], rtol=tolerance)
+        products.append(found.products)
+    assert products == sorted(set(products))
+
+
+def test_a_gradient_inside_an_eigenspace_does_not_hide_the_rest():
+    # The Krylov space of this start is spanned by one eigenvector, of the smallest eigenvalue.
+    slope = torch.zeros(20, dtype=torch.float64)
+    slope[0] = 1.0
+    found = spectrum(np.arange(1.0, 21.0).tolist(), 3, slope=slope)
+    np.testing.assert_allclose(found.values, [20, 19, 18], rtol=1e-9)
+    assert found.converged.all()
+
+
+def test_multiple_eigenvalues_are_all_found_when_krylov_spaces_close():
+    found = spectrum([5.0] * 3 + [1.0] * 27, 4)
+    np.testing.assert_allclose(found.values, [5, 5, 5, 1], rtol=1e-9)
+    assert found.products < 20
+
+
+def test_a_rank_deficient_hessian_gives_zeros_beyond_its_rank():
+    found = spectrum([4.0, -2.0] + [0.0] * 30, 4)
+    np.testing.assert_allclose(found.values, [4, -2, 0, 0], atol=1e-12)
+    assert found.converged.all()
+    assert found.products < 20
+
+
+def test_a_vanishing_gradient_starts_at_random():
+    found = spectrum([3.0, 2.0, 1.0], 1, slope=torch.zeros(3, dtype=torch.float64))
+    np.testing.assert_allclose(found.values, [3], rtol=1e-9)
+
+
+def test_the_whole_spectrum_of_a_small_matrix():
+    found = spectrum([1.0, -2.0, 3.0, -4.0], 4)
+    np.testing.assert_allclose(found.values, [-4, 3, -2, 1], rtol=1e-9)
+    assert found.converged.all()
+
+
+def test_float32_reaches_float32_accuracy():
+    found = spectrum(INDEFINITE, 4, dtype=torch.float32, tolerance=1e-4)
+    np.testing.assert_allclose(found.values, [12, -9, 7, -4], rtol=1e-5)
+    assert found.converged.all()
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    one, two = (spectrum(INDEFINITE, 3, start="random", seed=4) for _ in range(2))
+    other = spectrum(INDEFINITE, 3, start="random", seed=5)
+    assert (one.values == two.values).all()
+    assert (one.residuals == two.residuals).all()
+    assert (one.residuals != other.residuals).any()
+
+
+def test_the_basis_stays_orthonormal_across_blocks_in_float32():
+    size, stream = 400, torch.Generator().manual_seed(0)
+    basis = Basis(size, torch.float32, torch.device("cpu"))
+    common = torch.randn(size, generator=stream, dtype=torch.float64)
+    for _ in range(3 * ROWS + 5):
+        # Nearly parallel vectors: one pass of Gram–Schmidt would leave 1e-4 of the others in each.
+        vector = common + 1e-4 * torch.randn(size, generator=stream, dtype=torch.float64)
+        vector = basis.orthogonalized(vector)
+        basis.append((vector / vector.norm()).float())
+    Q = torch.stack([basis.row(i) for i in range(basis.length)]).double()
+    assert float((Q @ Q.T - torch.eye(len(Q))).abs().max()) < 1e-6
+    weights = np.arange(1.0, len(Q) + 1)
+    torch.testing.assert_close(basis.combination(weights), torch.from_numpy(weights) @ Q)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 0}, "k is 0"),
+        ({"k": 5}, "size of the all space"),
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"tolerance": 1.5}, "tolerance"),
+        ({"max_products": 3}, "at least 4"),
+        ({"which": "biggest"}, "choose magnitude"),
+        ({"backend": "numpy"}, "choose lanczos or pyhessian"),
+        ({"start": "zero"}, "choose gradient or random"),
+        ({"backend": "pyhessian", "which": "smallest"}, "largest magnitude alone"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, message):
+    with pytest.raises(UserError, match=message):
+        spectrum([1.0, 2.0, 3.0, 4.0], **{"k": 2, **settings})

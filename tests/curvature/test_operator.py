@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from analysis.core import Objective, WeightSpace, gaussian
+from analysis.curvature import HessianOperator
+from tests.oracles import tiny
+
+BATCHES = [tiny.padded(part) for part in tiny.split(tiny.examples())]
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def space(request):
+    return {"full": WeightSpace.full, "lora": WeightSpace.lora}[request.param](tiny.with_lora(tiny.bert()))
+
+
+@pytest.mark.parametrize(("retain", "budget", "kept"), [(False, None, 0), (True, None, 4), (True, 400_000, None)])
+def test_retained_and_rebuilt_products_are_equal(space, retain, budget, kept):
+    objective = Objective(BATCHES)
+    with HessianOperator(objective, space, retain=retain, budget=budget) as operator:
+        assert operator.retained == kept if kept is not None else 0 < operator.retained < 4
+        for index in range(3):
+            v = gaussian(space, 0, index)
+            expected, found = objective.hvp(space, v), operator(v)
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-14)
+        assert operator.products == 3
+    assert operator.retained == 0
+
+
+def test_no_batch_is_kept_beyond_the_budget(space):
+    assert HessianOperator(Objective(BATCHES), space, retain=True, budget=1).retained == 0
+
+
+def test_an_operator_is_bound_to_its_point(space):
+    with HessianOperator(Objective(BATCHES), space, retain=True) as operator:
+        v = gaussian(space, 0, 0)
+        before = operator(v)
+        with space.perturbed(v, 0.1), pytest.raises(RuntimeError, match="replaced"):
+            operator(v)
+        after = operator(v)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_operator_made_inside_a_perturbation_works_there(space):
+    objective, v = Objective(BATCHES), gaussian(space, 0, 0)
+    with space.perturbed(v, 0.1):
+        with HessianOperator(objective, space, retain=True) as operator:
+            found = operator(v)
+        expected = objective.hvp(space, v)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_wrong_vector_is_refused(space):
+    with pytest.raises(ValueError, match="no parameter"):
+        HessianOperator(Objective(BATCHES), space)({"nowhere": torch.zeros(1)})
