@@ -48,6 +48,8 @@ def resolve_model(name: str) -> ModelSpec:
     Raises:
         UserError: a path that is not there, a folder that holds no base model, a package that is missing.
     """
+    if not name:
+        raise UserError(f"the model has no name: name a folder, a .gguf file, a hub model, or {_built_ins()}")
     path = BUILT_IN_MODELS[name].path() if name in BUILT_IN_MODELS else Path(name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -60,8 +62,8 @@ def resolve_model(name: str) -> ModelSpec:
             what = "an adapter" if (path / "adapter_config.json").is_file() else "no config.json"
             raise UserError(f"folder {name} holds {what}, not a base model: name the model's own folder")
         return ModelSpec(name, str(path), None, local=True)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
-        raise UserError(f"no model folder at {name!r}: name a folder, a .gguf file, or {_built_ins()}")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"no model folder at {name}: name a folder, a .gguf file, or {_built_ins()}")
     return ModelSpec(name, name, None, local=False)
 
 

@@ -7,6 +7,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
+import pyarrow
+from pyarrow import parquet
 
 from bilora.errors import UserError
 from bilora.tasks.packages import ROTTEN_TOMATOES
@@ -97,14 +99,28 @@ def _load(path: Path, spec: TaskSpec) -> Any:
                 return datasets.Dataset.from_parquet(str(path), **common)
             return datasets.Dataset.from_json(str(path), **common)
     except Exception as error:  # the readers under `datasets` raise errors of a dozen libraries
+        if _has_no_rows(path):
+            raise UserError(f"{path.name} is empty: it needs rows of text") from error
         cause = error.__cause__ or error
         detail = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        if path.stat().st_size == 0:
-            raise UserError(f"{path.name} is empty: it needs rows of text") from error
         raise UserError(f"{path.name} cannot be read as {suffix[1:]} ({detail}): check the file") from error
     finally:
         if not bars:
             datasets.enable_progress_bars()
+
+
+def _has_no_rows(path: Path) -> bool:
+    """Whether a file that ``datasets`` refused is merely empty: it reports that in a different way for each format."""
+    if path.suffix.lower() == ".parquet":
+        try:
+            return bool(parquet.read_metadata(path).num_rows == 0)
+        except (pyarrow.ArrowException, OSError):
+            return path.stat().st_size == 0
+    lines = (line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    filled = [line for line in lines if line]
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return len(filled) < 2  # the first line is the header
+    return "".join(filled) in ("", "[]")
 
 
 def _table(rows: Any, source: str, spec: TaskSpec) -> Table:
