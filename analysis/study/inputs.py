@@ -33,7 +33,7 @@ def data_identity(task: TaskSpec) -> dict[str, Any]:
         files = [file for file in path.iterdir() if file.is_file() and file.stem in SPLITS]
     else:
         files = [path] if path.is_file() else []
-    return {**identity, "data": path.suffix, "content": _content(files)}
+    return {**identity, "data": path.suffix, "content": content_digest(files)}
 
 
 def model_identity(name: str) -> dict[str, Any]:
@@ -47,10 +47,10 @@ def model_identity(name: str) -> dict[str, Any]:
         return {"hub": name}
     folder = Path(spec.location)
     files = [folder / spec.gguf_file] if spec.gguf_file else [f for f in folder.iterdir() if f.is_file()]
-    return {"content": _content(files)}
+    return {"content": content_digest(files)}
 
 
-def _content(files: Iterable[Path]) -> str:
+def content_digest(files: Iterable[Path]) -> str:
     """sha256 over names and contents, in the order of names."""
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.study.engine import Failure
+from analysis.study.files import read_json, replace_file
 from analysis.study.inputs import library_versions
 from analysis.study.plan import Plan, canonical
 from analysis.study.sources import presentation_code
@@ -71,15 +72,15 @@ def write_results(spec: StudySpec, plan: Plan, store: Store, failures: Sequence[
     """
     folder = spec.folder
     inputs = _inputs(spec, plan, store)
-    known = _read_json(folder / PROVENANCE)
+    known = read_json(folder / PROVENANCE)
     if known.get("inputs") == inputs and _intact(folder, known.get("outputs", {})):
         return Results(folder, pd.read_parquet(folder / TABLE), drawn=False)
 
     frame = collect_rows(spec, plan, store)
     if frame.empty:
         return Results(folder, frame, drawn=False)
-    _replace(folder / TABLE, lambda path: frame.to_parquet(path, index=False))
-    _replace(folder / TEXT_TABLE, lambda path: frame.to_csv(path, index=False, lineterminator="\n"))
+    replace_file(folder / TABLE, lambda path: frame.to_parquet(path, index=False))
+    replace_file(folder / TEXT_TABLE, lambda path: frame.to_csv(path, index=False, lineterminator="\n"))
     provenance = _provenance(spec, plan, store, failures, command)
     made_by = {key: provenance[key] for key in ("study", "command", "seeds", "code", "versions")}
     drawn = _present(spec, frame, {**made_by, "rows_sha256": file_digest(folder / TEXT_TABLE)})
@@ -167,17 +168,3 @@ def _portable(value: Any) -> Any:
     if isinstance(value, list):
         return [_portable(item) for item in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    os.replace(temporary, path)

@@ -184,9 +184,14 @@ def read_study(path: Path) -> StudySpec:
     try:
         return StudySpec(**content)
     except ValidationError as error:
-        where, text = _first(error, StudySpec)
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise UserError(f"{path}: {'.'.join(where)}: {text}{more}") from error
+        raise UserError(f"{path}: {describe(error, StudySpec)}") from error
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first finding about a ``model`` as ``path.of.keys: cause and cure``, and how many more there are."""
+    where, text = _first(error, model)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return ": ".join([".".join(where), text] if where else [text]) + more
 
 
 def _gathered(value: Any, fields: tuple[str, ...]) -> Any:

@@ -48,6 +48,24 @@ def result_table(frame: pd.DataFrame, baseline: str) -> Table:
     return table
 
 
+def rows_table(frame: pd.DataFrame) -> Table:
+    """The rows of one measured adapter that belong to whole spaces: a line a value, single directions left out."""
+    rows = frame[(frame["layer"] == "") & ~((frame["measure"] == "random") & (frame["index"] >= 0))]
+    table = Table()
+    for name in ("quantity", "radius", "index", "value", "standard error", "‖ε_W‖", "chance"):
+        table.add_column(name, justify="left" if name == "quantity" else "right")
+    for row in rows.to_dict("records"):
+        key = tuple(row[name] for name in ("measure", "space", "quantity", "kind", "split"))
+        numbers = (row["value"], row["standard_error"], row["induced_norm"], row["chance"])
+        index = str(row["index"]) if row["index"] >= 0 else ""
+        table.add_row(_title((*key, None, None)), _number(row["radius"]), index, *(_number(x) for x in numbers))
+    return table
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4g}"
+
+
 def _whole_space(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["layer"] == ""]
 

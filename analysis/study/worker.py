@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ def start_worker() -> None:
     import transformers
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -80,7 +82,7 @@ def attempt(store: Store, name: str, determinants: dict[str, Any], compute: Comp
         compute: the work.
         keep: whether what a killed attempt left behind is of use (a training's checkpoints).
     """
-    started = time.monotonic()
+    started, cpu_started = time.monotonic(), time.process_time()
     try:
         with store.locked(name):
             if store.record(name) is not None:
@@ -89,7 +91,8 @@ def attempt(store: Store, name: str, determinants: dict[str, Any], compute: Comp
                 folder = store.begin(name, keep=keep)
                 extra = compute(folder, store)
                 seconds = time.monotonic() - started
-                store.finish(name, {"determinants": determinants, "seconds": round(seconds, 3), **extra})
+                took = {"seconds": round(seconds, 3), "cpu_seconds": round(time.process_time() - cpu_started, 3)}
+                store.finish(name, {"determinants": determinants, **took, **extra})
             except Exception as error:
                 store.fail(name, traceback.format_exc())
                 reason = next(iter(str(error).splitlines()), "") or type(error).__name__

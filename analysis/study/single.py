@@ -1,0 +1,134 @@
+"""Measuring one adapter or model that lies in a folder, whoever trained it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.core import Trained, WeightSpace, load_trained
+from analysis.registry import MEASURES
+from analysis.study.inputs import content_digest, data_identity, library_versions, model_identity
+from analysis.study.sources import measure_code
+from analysis.study.spec import MeasureEntry
+from analysis.study.work import device, objective_for, rows_frame, task_for
+from bilora.errors import UserError
+from bilora.tasks import TaskSpec, load_model
+
+ADAPTER, MODEL = "adapter_config.json", "config.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        folder: an adapter's folder (PEFT), or a model's.
+        base: the base model; for a model's folder, where its tokenizer is taken from.
+    """
+
+    folder: Path
+    base: str
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds an adapter rather than a model."""
+        return (self.folder / ADAPTER).is_file()
+
+
+def find_subject(folder: Path, base: str | None) -> Subject:
+    """What lies in ``folder``; without ``base`` an adapter's own record of its base model is believed.
+
+    Raises:
+        UserError: neither an adapter nor a model, or no base model known.
+    """
+    if (folder / ADAPTER).is_file():
+        return Subject(folder, base or _recorded_base(folder))
+    if (folder / MODEL).is_file():
+        return Subject(folder, base or str(folder))
+    raise UserError(f"{folder} holds neither {ADAPTER} nor {MODEL}: give the folder of a PEFT adapter or of a model")
+
+
+def determinants(subject: Subject, task: TaskSpec, entries: Sequence[MeasureEntry]) -> dict[str, Any]:
+    """Everything the rows of :func:`measure_subject` depend on, as JSON values.
+
+    Raises:
+        UserError: a model or data file that is not there.
+    """
+    files = [file for file in subject.folder.iterdir() if file.is_file() and file.suffix in (".json", ".safetensors")]
+    return {
+        "subject": content_digest(files),
+        "base": model_identity(subject.base),
+        "task": data_identity(task),
+        "measures": [
+            {
+                "measure": entry.measure,
+                "spaces": list(spaces_of(subject, entry)),
+                "split": entry.split,
+                "examples": entry.examples,
+                "batch_size": entry.batch_size,
+                "settings": entry.all_settings().model_dump(mode="json"),
+                "code": measure_code(MEASURES[entry.measure].run.__module__),
+            }
+            for entry in entries
+        ],
+        "versions": library_versions(),
+        "device": device(),
+    }
+
+
+def spaces_of(subject: Subject, entry: MeasureEntry) -> tuple[str, ...]:
+    """The spaces in which ``entry`` can be measured on ``subject``.
+
+    Raises:
+        UserError: only the LoRA space was asked for, or is all the measure has, and there is no adapter.
+    """
+    spaces = tuple(s for s in entry.all_spaces() if s != "lora" or subject.is_adapter)
+    if not spaces:
+        raise UserError(
+            f"{subject.folder} is a plain model without LoRA space: measure {entry.measure} needs an adapter"
+        )
+    return spaces
+
+
+def measure_subject(subject: Subject, task: TaskSpec, entries: Sequence[MeasureEntry]) -> pd.DataFrame:
+    """The rows of every measure in every space asked for.
+
+    Raises:
+        UserError: bad data, an adapter of another base model, too few examples.
+    """
+    loaded = task_for(task, subject.base)
+    for entry in entries:
+        available = len(getattr(loaded, entry.split))
+        if entry.examples is not None and entry.examples > available:
+            raise UserError(f"{entry.examples} examples asked for, but {entry.split} has {available}: ask for fewer")
+    model: Any
+    trained: Trained | None = None
+    if subject.is_adapter:
+        base = load_model(subject.base, task.kind, loaded.num_labels, tokenizer=loaded.tokenizer).to(device())
+        trained = load_trained(subject.folder, base)
+        model = trained.model
+    else:
+        model = load_model(str(subject.folder), task.kind, loaded.num_labels, tokenizer=loaded.tokenizer).to(device())
+    spaces: dict[str, WeightSpace] = {}
+    rows: list[dict[str, Any]] = []
+    for entry in entries:
+        objective = objective_for(task, subject.base, entry)
+        for name in spaces_of(subject, entry):
+            kind = name or "full"
+            if kind not in spaces:
+                spaces[kind] = getattr(WeightSpace, kind)(model)
+            rows += MEASURES[entry.measure].run(objective, spaces[kind], entry.all_settings(), trained).rows()
+    return rows_frame(rows)
+
+
+def _recorded_base(folder: Path) -> str:
+    try:
+        name = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / ADAPTER} names no base model: give it with --model") from error
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{folder / ADAPTER} names no base model: give it with --model")
+    return name

@@ -1,0 +1,144 @@
+"""``bilora measure``: the flatness of one adapter or model, whoever trained it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bilora.cli import options
+from bilora.cli.quiet import silence_libraries
+from bilora.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.study.spec import MeasureEntry
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command("measure")(measure)
+
+
+def measure(
+    subject: Annotated[
+        Path, typer.Argument(metavar="ADAPTER_OR_MODEL", help="Folder of a PEFT adapter, or of a whole model.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file for the rows; its JSON goes beside it.")],
+    what: Annotated[str, typer.Option("--what", help="Measures, separated by commas.")] = "quality,random,adversarial",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The base model, as in `bilora train`.", show_default="what the adapter names"),
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option("--space", help="full, lora or both, separated by a comma.", show_default="all it has")
+    ] = None,
+    data: options.DataOption = "rotten_tomatoes",
+    kind: options.KindOption = "classification",
+    text_column: options.TextColumnOption = "text",
+    label_column: options.LabelColumnOption = "label",
+    train_examples: options.TrainExamplesOption = None,
+    validation_examples: options.ValidationExamplesOption = None,
+    max_length: options.MaxLengthOption = 128,
+    split_seed: options.SplitSeedOption = 0,
+    split: Annotated[str, typer.Option("--split", help="validation or train.")] = "validation",
+    examples: Annotated[
+        int | None, typer.Option("--examples", help="Examples to measure on.", show_default="all")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples a forward pass.")] = 32,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting of a measure, `random.radii=[0.1,0.5]`, or of all that have it, `seed=1`. Repeatable.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that holds something else.")] = False,
+    verbose: options.VerboseOption = False,
+) -> None:
+    """Measure an adapter or a model. The same measurement asked for again is read from its file."""
+    assigned = options.parse_assignments(settings, "--set")
+    if output.suffix != ".parquet":
+        raise UserError(f"--output {output} is no .parquet file: name it so")
+    if not verbose:
+        silence_libraries()
+    from analysis.study.files import read_measured, write_measured
+    from analysis.study.single import determinants, find_subject, measure_subject
+    from bilora.tasks import TaskSpec
+
+    task = TaskSpec.model_validate(
+        {
+            "data": data,
+            "kind": kind,
+            "text_column": text_column,
+            "label_column": label_column,
+            "train_examples": train_examples,
+            "validation_examples": validation_examples,
+            "max_length": max_length,
+            "seed": split_seed,
+        }
+    )
+    common = {"split": split, "examples": examples, "batch_size": batch_size}
+    entries = _entries(_listed(what, "--what"), _listed(space, "--space") if space else [], common, assigned)
+    found = find_subject(subject, model)
+    made_of = determinants(found, task, entries)
+    frame = read_measured(output, made_of, force=force)
+    if frame is None:
+        frame = measure_subject(found, task, entries)
+        write_measured(output, frame, made_of)
+    _show(frame, output)
+
+
+def _listed(text: str, option: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"{option} {text!r} is not a list of different names: separate them by single commas")
+    return names
+
+
+def _entries(
+    names: list[str], spaces: list[str], common: dict[str, Any], assigned: dict[str, Any]
+) -> "list[MeasureEntry]":
+    """One entry a measure, each with the settings meant for it and the spaces it has."""
+    from pydantic import ValidationError
+
+    from analysis.registry import measure_named
+    from analysis.study.spec import MeasureEntry, describe
+
+    used: set[str] = set()
+    entries = []
+    for name in names:
+        measure = measure_named(name)
+        own = {}
+        for key, value in assigned.items():
+            owner, dot, setting = key.rpartition(".")
+            if (dot and owner == name) or (not dot and setting in measure.settings.model_fields):
+                own[setting] = value
+                used.add(key)
+        chosen = [space for space in spaces if space in measure.spaces]
+        if spaces and any(measure.spaces) and not chosen:
+            raise UserError(f"{name} has no space {' or '.join(spaces)}: it has {', '.join(measure.spaces)}")
+        try:
+            entries.append(MeasureEntry(**{"measure": name, "spaces": chosen, **common, **own}))
+        except ValidationError as error:
+            raise UserError(f"measure {name}: {describe(error, MeasureEntry)}") from error
+    for key in assigned:
+        if key not in used:
+            raise UserError(
+                f"--set {key} is no setting of {' or '.join(names)}: see the measures' settings in the docs"
+            )
+    unknown = [space for space in spaces if not any(space in entry.spaces for entry in entries)]
+    if unknown:
+        raise UserError(f"--space {unknown[0]} is no space of {' or '.join(names)}: choose full or lora")
+    return entries
+
+
+def _show(frame: "pd.DataFrame", output: Path) -> None:
+    from rich.console import Console
+
+    from analysis.study.table import rows_table
+
+    console = Console()
+    console.print(rows_table(frame))
+    console.print(f"rows in {output}", markup=False, highlight=False, soft_wrap=True)
