@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-import bilora.cli.methods
-import bilora.cli.train
+from bilora.cli import compare, measure, methods, train
 from bilora.cli.errors import exit_code
 
 app = typer.Typer(
@@ -17,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (bilora.cli.train, bilora.cli.methods):
+for command in (train, measure, compare, methods):
     command.register(app)
 
 

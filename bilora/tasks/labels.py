@@ -26,6 +26,8 @@ def encode_labels(tables: Mapping[str, Table], column: str) -> tuple[dict[str, l
     kinds = {type(value) for value in seen}
     if len(kinds) > 1:
         raise UserError(f"{train.source}: column {column!r} mixes numbers and strings: use one of them")
+    if len(seen) < 2:
+        raise UserError(f"{train.source}: column {column!r} has {len(seen)} class, a classification needs two or more")
     if train.class_names is not None:
         classes: list[Any] = list(range(len(train.class_names)))
         names = train.class_names
@@ -38,8 +40,6 @@ def encode_labels(tables: Mapping[str, Table], column: str) -> tuple[dict[str, l
             f"{train.source}: labels in column {column!r} are out of range: {len(classes)} classes must be numbered "
             f"0 to {len(classes) - 1}, found {shown}"
         )
-    if len(seen) < 2:
-        raise UserError(f"{train.source}: column {column!r} has {len(seen)} class, a classification needs two or more")
     ids = {value: i for i, value in enumerate(classes)}
     for split, labels in values.items():
         for number, label in enumerate(labels, start=1):

@@ -34,7 +34,7 @@ def test_ids_and_names(labels, ids, names):
         ([0.5, 0.25], r"holds 0.5"),
         ([[0], [1]], r"holds \[0\]"),
         ([0, "1"], "mixes numbers and strings"),
-        ([0, 0, 0], "has 1 class"),
+        ([1, 1, 1], "has 1 class"),
         (["x", "x"], "has 1 class"),
     ],
 )
