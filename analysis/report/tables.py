@@ -1,0 +1,220 @@
+"""Tables of the report: strings in rows and columns, made from summaries and paired differences."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.plots.overlap import PERTURBATIONS
+from analysis.plots.style import in_space_order
+from analysis.report.numbers import number, p_value, spread
+from analysis.statistics import UNDECIDED
+
+SPACE_NAMES = {"full": "full", "lora": "LoRA", "": ""}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry: its text, a smaller second line, and its look (a verdict, or ``none`` where nothing was measured)."""
+
+    text: str
+    note: str = ""
+    look: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table ready for the page; ``labels`` columns on the left are words, the others numbers."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    labels: int = 1
+    note: str = ""
+    open: bool = True
+
+
+Line = tuple[Sequence[str], pd.DataFrame]
+
+
+def lines_by(rows: pd.DataFrame, *columns: str) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """The rows of each distinct combination of ``columns``, in the order of first appearance."""
+    return [(key, part) for key, part in rows.groupby(list(columns), sort=False, dropna=False)]
+
+
+def by_space(rows: pd.DataFrame, *columns: str) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """The same with the space first: full space, then LoRA space, the rest in ascending order."""
+    order = in_space_order(rows["space"])
+    ranked = rows.assign(rank=[-order.index(space) for space in rows["space"]])
+    return lines_by(ranked.sort_values(["rank", *columns], kind="stable"), "space", *columns)
+
+
+def by_method(
+    title: str,
+    labels: Sequence[str],
+    lines: Sequence[Line],
+    methods: Sequence[str],
+    *,
+    show: Callable[[pd.Series], Cell] | None = None,
+    note: str = "",
+) -> Table:
+    """A line per quantity, a column per method.
+
+    Args:
+        title: above the table.
+        labels: heads of the left columns.
+        lines: for each line its labels and the rows of a summary, at most one per method.
+        methods: columns.
+        show: from a summary row to an entry; default mean ± half width.
+        note: below the table.
+    """
+    show = show or mean_cell
+    rows = []
+    for words, values in lines:
+        cells = [Cell(word) for word in words]
+        for method in methods:
+            of_method = values[values["method"] == method]
+            cells.append(show(of_method.iloc[0]) if len(of_method) else Cell("–", look="none"))
+        rows.append(tuple(cells))
+    return Table(title, (*labels, *methods), tuple(rows), len(labels), note)
+
+
+def mean_cell(row: pd.Series) -> Cell:
+    """Mean ± half width, with the realised ‖ε_W‖ where it is not the radius itself."""
+    norm = row["induced_norm"]
+    told = pd.isna(norm) or abs(norm - row["radius"]) <= 0.01 * abs(row["radius"])
+    return Cell(spread(row["mean"], row["half_width"], row["n_non_finite"]), "" if told else f"‖ε_W‖ {number(norm)}")
+
+
+def verdict_cell(row: pd.Series) -> Cell:
+    """Verdict over the difference with its corrected interval."""
+    half_width = row["corrected_high"] - row["difference"]
+    return Cell(row["verdict"], spread(row["difference"], half_width, row["n_non_finite"]), row["verdict"])
+
+
+def setup_table(summary: pd.DataFrame) -> Table:
+    """What was measured where: a line per measure."""
+    rows = []
+    for (measure,), part in lines_by(summary, "measure"):
+        spaces = [SPACE_NAMES.get(space, space) for space in reversed(in_space_order(part["space"])) if space]
+        splits = [split for split in part["split"].unique() if split]
+        kinds = [kind.replace("_", " ") for kind in part["kind"].unique() if kind]
+        radii = sorted(radius for radius in part["radius"].dropna().unique() if radius > 0)
+        told = (
+            f"−{radii[-1]:g} to {radii[-1]:g}"
+            if measure == "landscape" and radii
+            else ", ".join(f"{r:g}" for r in radii)
+        )
+        words = (measure, ", ".join(spaces), ", ".join(splits), ", ".join(kinds), told)
+        rows.append(tuple(Cell(word or "–") for word in words))
+    return Table("What was measured", ("measure", "space", "examples", "kinds", "radii"), tuple(rows), labels=5)
+
+
+def quality_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:
+    """Loss and accuracy per split."""
+    rows = summary[summary["measure"] == "quality"]
+    return by_method("Loss and accuracy", ("examples", "quantity"), lines_by(rows, "split", "quantity"), methods)
+
+
+def sharpness_table(summary: pd.DataFrame, methods: Sequence[str], measure: str, quantity: str, title: str) -> Table:
+    """A perturbation measure: a line per space, kind, split and radius."""
+    rows = summary[(summary["measure"] == measure) & (summary["quantity"] == quantity)]
+    several = rows["split"].nunique() > 1
+    lines: list[Line] = []
+    for (space, kind, split, radius), part in by_space(rows, "kind", "split", "radius"):
+        symbol = "σ" if kind == "filter" else "ρ"
+        words = (
+            SPACE_NAMES.get(space, space),
+            f"{kind} ({split})" if several else kind,
+            f"{symbol}\u00a0=\u00a0{radius:g}",
+        )
+        lines.append((words, part))
+    note = "Below a value: the realised ‖ε_W‖ where it is not the radius. Compare spaces by ‖ε_W‖, not by radius."
+    return by_method(title, ("space", "kind", "radius"), lines, methods, note=note)
+
+
+def eigenvalue_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:
+    """Eigenvalues by rank, with the worst relative residual over seeds."""
+    rows = summary[
+        (summary["measure"] == "spectrum") & (summary["quantity"] == "eigenvalue") & (summary["layer"] == "")
+    ]
+    several = rows["split"].nunique() > 1
+    lines: list[Line] = []
+    for (space, split, rank), part in by_space(rows, "split", "index"):
+        lines.append(((SPACE_NAMES.get(space, space) + (f" ({split})" if several else ""), f"λ{rank}"), part))
+
+    def show(row: pd.Series) -> Cell:
+        worst = f"residual ≤ {number(row['residual'], 2)}"
+        return Cell(spread(row["mean"], row["half_width"], row["n_non_finite"]), worst)
+
+    note = "Residual: the largest ‖Hv − λv‖/|λ| over seeds. λ is ranked by magnitude and keeps its sign."
+    return by_method("Hessian eigenvalues", ("space", "rank"), lines, methods, show=show, note=note)
+
+
+def subspace_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:
+    """Overlap, outside share and alignment over all layers, with the level expected by chance."""
+    rows = summary[(summary["measure"] == "subspace") & (summary["layer"] == "")]
+    quantities = {"overlap": "overlap", "outside_share": "share outside LoRA-SAM's reach", "alignment": "cosine with G"}
+    lines: list[Line] = []
+    for quantity, name in quantities.items():
+        for (kind,), part in lines_by(rows[rows["quantity"] == quantity], "kind"):
+            words = (name, PERTURBATIONS.get(kind, kind).replace("\n", " "), number(part["chance"].mean(), 2))
+            lines.append((words, part))
+
+    def show(row: pd.Series) -> Cell:
+        return Cell(spread(row["mean"], row["half_width"], row["n_non_finite"]))
+
+    return by_method("All layers together", ("quantity", "of", "chance"), lines, methods, show=show)
+
+
+def verdict_table(headlines: pd.DataFrame, methods: Sequence[str], baseline: str) -> Table:
+    """The answer at a glance: a line per measure and space, a verdict per method."""
+    lines = [
+        ((SPACE_NAMES.get(space, space), name), part)
+        for (space, name), part in lines_by(headlines, "space", "headline")
+    ]
+    others = [method for method in methods if method != baseline]
+    return by_method(f"Sharpness minus that of {baseline}", ("space", "measure"), lines, others, show=verdict_cell)
+
+
+def difference_tables(differences: pd.DataFrame) -> list[Table]:
+    """Every paired difference of whole spaces, a table per measure; single landscape points are left out."""
+    rows = differences[(differences["layer"] == "") & (differences["measure"] != "landscape")]
+    rows = rows[~rows["quantity"].isin(["products", "converged", "loss_rise_mean"])]
+    head = (
+        "method",
+        "space",
+        "quantity",
+        "at",
+        "difference",
+        "corrected interval",
+        "d_z",
+        "p (Holm)",
+        "seeds",
+        "verdict",
+    )
+    tables = []
+    for measure, part in rows.groupby("measure", sort=False):
+        lines = tuple(_difference_line(row) for _, row in part.iterrows())
+        tables.append(Table(f"{measure} ({len(lines)} comparisons)", head, lines, labels=4, open=False))
+    return tables
+
+
+def _difference_line(row: pd.Series) -> tuple[Cell, ...]:
+    words = [row["kind"].replace("_", " "), row["split"]]
+    words.append(f"radius {row['radius']:g}" if pd.notna(row["radius"]) else "")
+    words.append(f"rank {row['index']}" if row["index"] >= 0 else "")
+    seeds = str(row["n_seeds"]) + (f" ({row['n_non_finite']} not finite)" if row["n_non_finite"] else "")
+    return (
+        Cell(row["method"]),
+        Cell(SPACE_NAMES.get(row["space"], row["space"])),
+        Cell(row["quantity"].replace("_", " ")),
+        Cell(", ".join(word for word in words if word)),
+        Cell(number(row["difference"])),
+        Cell(f"[{number(row['corrected_low'])}, {number(row['corrected_high'])}]"),
+        Cell(number(row["cohen_dz"], 2)),
+        Cell(p_value(row["p_holm"])),
+        Cell(seeds),
+        Cell(row["verdict"], look=row["verdict"] if row["verdict"] != UNDECIDED else ""),
+    )
