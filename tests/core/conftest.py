@@ -1,4 +1,4 @@
-"""``fingerprint``: everything about a model that a measurement must not change."""
+"""``untouched``: a watch over everything about a model that a measurement must not change."""
 
 import pytest
 

@@ -55,7 +55,13 @@ def test_lora_space_holds_the_factors(adapted):
         assert torch.equal(space.parameters[f"{layer}.A"], A)
         assert torch.equal(space.parameters[f"{layer}.B"], B)
         assert space.factors[layer].scale == tiny.SCALE
-    assert space.factors.keys() == WeightSpace.full(adapted).factors.keys()
+    copies = WeightSpace.full(adapted).factors
+    for layer, A, B in tiny.factors_of(adapted):
+        assert torch.equal(copies[layer].A, A)
+        assert torch.equal(copies[layer].B, B)
+        assert copies[layer].A.data_ptr() != A.data_ptr()
+        assert copies[layer].B.data_ptr() != B.data_ptr()
+    assert copies.keys() == space.factors.keys()
 
 
 @pytest.mark.parametrize("build", SPACES.values(), ids=SPACES)

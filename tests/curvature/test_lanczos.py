@@ -66,12 +66,13 @@ def test_looser_tolerance_takes_fewer_products_and_meets_it():
     assert products == sorted(set(products))
 
 
-def test_a_gradient_inside_an_eigenspace_does_not_hide_the_rest():
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_gradient_inside_an_eigenspace_does_not_hide_the_rest(k):
     # The Krylov space of this start is spanned by one eigenvector, of the smallest eigenvalue.
     slope = torch.zeros(20, dtype=torch.float64)
     slope[0] = 1.0
-    found = spectrum(np.arange(1.0, 21.0).tolist(), 3, slope=slope)
-    np.testing.assert_allclose(found.values, [20, 19, 18], rtol=1e-9)
+    found = spectrum(np.arange(1.0, 21.0).tolist(), k, slope=slope)
+    np.testing.assert_allclose(found.values, [20, 19, 18][:k], rtol=1e-9)
     assert found.converged.all()
 
 

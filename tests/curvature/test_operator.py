@@ -1,8 +1,12 @@
+import gc
+import weakref
+
 import pytest
 import torch
 
 from analysis.core import Objective, WeightSpace, gaussian
 from analysis.curvature import HessianOperator
+from analysis.curvature.operator import _GraphMeter
 from tests.oracles import tiny
 
 BATCHES = [tiny.padded(part) for part in tiny.split(tiny.examples())]
@@ -29,6 +33,22 @@ def test_retained_and_rebuilt_products_are_equal(space, retain, budget, kept):
 
 def test_no_batch_is_kept_beyond_the_budget(space):
     assert HessianOperator(Objective(BATCHES), space, retain=True, budget=1).retained == 0
+
+
+def test_closing_frees_the_graphs(space, monkeypatch):
+    kept, pack = [], _GraphMeter.pack
+
+    def recording(meter, tensor):
+        saved = pack(meter, tensor)
+        kept.append(weakref.ref(saved))
+        return saved
+
+    monkeypatch.setattr(_GraphMeter, "pack", recording)
+    with HessianOperator(Objective(BATCHES), space, retain=True) as operator:
+        operator(gaussian(space, 0, 0))
+        assert any(reference() is not None for reference in kept)
+    gc.collect()
+    assert all(reference() is None for reference in kept)
 
 
 def test_an_operator_is_bound_to_its_point(space):
