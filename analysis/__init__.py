@@ -2,6 +2,7 @@
 
 from analysis.core import Objective, Trained, WeightSpace, load_trained
 from analysis.curvature import HessianOperator, top_eigenvalues
+from analysis.frame import to_frame
 from analysis.landscape.lines import loss_lines
 from analysis.quality import quality
 from analysis.registry import MEASURES, Measure, measure_named
@@ -23,5 +24,6 @@ __all__ = [
     "quality",
     "random_sharpness",
     "subspace_overlap",
+    "to_frame",
     "top_eigenvalues",
 ]
