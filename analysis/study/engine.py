@@ -109,9 +109,11 @@ class _Run:
             self.running.clear()
             for cell in dead:
                 self.died(cell)
-        finally:
+        except BaseException:
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
+            raise
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, pool: ProcessPoolExecutor, workers: int) -> None:

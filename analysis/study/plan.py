@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from analysis.study.sources import measure_code, training_code
 from analysis.study.spec import MeasureEntry, StudySpec
 from analysis.study.work import Measuring, Training
 from analysis.study.worker import Compute
+from bilora.errors import UserError
 from bilora.methods import METHODS, method_class
 from bilora.training.record import as_json
 from bilora.training.spec import TrainSpec
@@ -75,11 +77,15 @@ def plan_study(spec: StudySpec) -> Plan:
     """The cells of ``spec``: trainings (method × seed), then each one's measurements.
 
     Raises:
-        UserError: a model or a data file that is not there.
+        UserError: a model or a data package that is not there.
     """
+    with _named("model"):
+        model = model_identity(spec.model)
+    with _named("task"):
+        task = data_identity(spec.task)
     outside = {
-        "model": model_identity(spec.model),
-        "task": data_identity(spec.task),
+        "model": model,
+        "task": task,
         "versions": library_versions(),
         "device": _device_kind(),
     }
@@ -146,6 +152,15 @@ def _measure_cell(entry: MeasureEntry, space: str, training: Cell, owner: str) -
     what = " ".join(part for part in (entry.measure, space, f"({entry.split})") if part)
     compute = Measuring(training.compute.spec, training.name, entry, space)
     return Cell("measure", f"{owner}: {what}", determinants, compute, training=training)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Name the ``key`` of the study file that an error is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def _device_kind() -> str:

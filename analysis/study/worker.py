@@ -59,7 +59,10 @@ def start_worker() -> None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch
     import transformers
+    from tqdm import tqdm
 
+    # Libraries' progress bars share a lock between processes, which a stopped worker could not give back.
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

@@ -1,0 +1,109 @@
+"""``bilora measure`` on adapters this project did not train, on plain models, and with bad input."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
+
+from bilora.cli.app import main
+from bilora.tasks import load_model, load_tokenizer
+
+COMMON = ["--validation-examples", "16", "--train-examples", "16", "--examples", "8", "--max-length", "24"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``adapter``: LoRA of another hand on MiniLM; ``other``: one of a tiny BERT; ``model``: that BERT, whole."""
+    root = tmp_path_factory.mktemp("subjects")
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+    get_peft_model(load_model("minilm", "classification", 2), config).save_pretrained(root / "adapter")
+    tokenizer = load_tokenizer("minilm")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    tiny = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **size))
+    tiny.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    get_peft_model(tiny, config).save_pretrained(root / "other")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["measure", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    return line
+
+
+def test_foreign_adapter_is_measured_once(folders: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(folders / "adapter"), "--model", "minilm", *COMMON, "--what", "quality,random"]
+    arguments += ["--set", "random.radii=[0.1, 1]", "--set", "directions=2", "--output", "out/rows.parquet"]
+    assert main(["measure", *arguments]) == 0
+    assert "rows in out/rows.parquet" in capsys.readouterr().out
+    rows = pd.read_parquet("out/rows.parquet")
+    assert set(rows["measure"]) == {"quality", "random"}
+    assert set(rows.loc[rows["measure"] == "random", "space"]) == {"full", "lora"}
+    assert sorted(rows["radius"].dropna().unique()) == [0.1, 1.0]
+    assert (rows[rows["quantity"] == "loss_rise"].groupby(["space", "radius"]).size() == 2).all()
+    record = (here / "out" / "rows.json").read_text()
+    assert str(folders) not in record
+    assert json.loads(record)["determinants"]["measures"][1]["settings"]["directions"] == 2
+
+    written = (here / "out" / "rows.parquet").stat().st_mtime_ns
+    assert main(["measure", *arguments]) == 0  # the same again: read
+    assert (here / "out" / "rows.parquet").stat().st_mtime_ns == written
+
+    other = [*arguments, "--set", "seed=1"]
+    assert "holds something else" in refused(other, capsys)
+    assert main(["measure", *other, "--force"]) == 0
+    assert not pd.read_parquet("out/rows.parquet").equals(rows)
+
+
+def test_one_space_alone(folders: Path) -> None:
+    arguments = [str(folders / "adapter"), "--model", "minilm", *COMMON, "--what", "adversarial", "--space", "lora"]
+    assert main(["measure", *arguments, "--set", "radii=[0.01]", "--output", "a.parquet"]) == 0
+    rows = pd.read_parquet("a.parquet")
+    assert set(rows["space"]) == {"lora"}
+    assert set(rows["radius"]) == {0.0, 0.01}
+
+
+def test_plain_model(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(folders / "model"), *COMMON, "--what", "random,quality", "--output", "m.parquet"]
+    assert main(["measure", *arguments]) == 0
+    assert set(pd.read_parquet("m.parquet")["space"]) == {"full", ""}
+    arguments[arguments.index("random,quality")] = "subspace"
+    assert "plain model without LoRA space" in refused(arguments, capsys)
+
+
+BAD = {
+    "adapter of another base model": ("other", ["--model", "minilm"], "base"),
+    "no adapter and no model": (".", [], "holds neither"),
+    "unknown measure": ("adapter", ["--what", "flatness"], "unknown measure 'flatness'"),
+    "measure twice": ("adapter", ["--what", "random,random"], "not a list of different names"),
+    "unknown space": ("adapter", ["--what", "random", "--space", "half"], "random has no space half"),
+    "unknown setting": ("adapter", ["--what", "random", "--set", "steps=3"], "--set steps is no setting of random"),
+    "setting out of range": ("adapter", ["--what", "random", "--set", "radii=[-1]"], "radii.0"),
+    "unknown split": ("adapter", ["--split", "test"], "split"),
+    "too many examples": ("adapter", ["--model", "minilm", "--examples", "17"], "validation has 16"),
+    "unknown model": ("adapter", ["--model", "./none"], "no model folder"),
+    "wrong file name": ("adapter", ["--output", "out.csv"], "is no .parquet file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case: str, folders: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, options, expected = BAD[case]
+    subject = str(here if folder == "." else folders / folder)
+    assert expected in refused([subject, *COMMON, "--output", "out.parquet", *options], capsys)
+    assert not list(here.iterdir())
