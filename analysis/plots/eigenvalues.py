@@ -12,11 +12,13 @@ UNCONVERGED = "_unconverged"
 """Label of the crosses."""
 
 TOLERANCE = 1e-2
-"""Relative residual above which an eigenvalue is marked as not converged."""
+"""Relative residual above which an eigenvalue counts as not converged, where the rows do not say."""
 
 
 def eigenvalue_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """What :func:`eigenvalue_bars` draws: one row per method, space, rank and seed, with the mean over seeds beside it.
+
+    ``converged`` is the solver's own word where there is one, else whether ``residual`` is at most :data:`TOLERANCE`.
 
     Raises:
         NothingToDraw: the spectrum was not measured.
@@ -26,29 +28,34 @@ def eigenvalue_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
     keys = ["method", *KEYS]
     means = summarize(rows, confidence)[[*keys, "mean", "low", "high", "n_seeds"]]
     table = per_seed(rows).drop(columns=["induced_norm", "chance", "n_directions"]).merge(means, on=keys)
-    return table.sort_values(["split", "space", "method", "index", "seed"], ignore_index=True)
+    found = frame[(frame["measure"] == "spectrum") & (frame["quantity"] == "converged")]
+    pair = ["method", "seed", "space", "kind", "split", "layer", "index"]
+    table = table.merge(found[[*pair, "value"]].rename(columns={"value": "converged"}), on=pair, how="left")
+    table["converged"] = table["converged"].fillna(table["residual"] <= TOLERANCE).astype(bool)
+    return table.sort_values(["kind", "split", "space", "method", "index", "seed"], ignore_index=True)
 
 
 @canvas.styled
-def eigenvalue_bars(frame: pd.DataFrame, confidence: float = 0.95, tolerance: float = TOLERANCE) -> Figure:
+def eigenvalue_bars(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
     """Mean eigenvalue per rank and method as a bar, its interval as a whisker, every seed as a dot.
+
+    Eigenvalues that have not converged get a cross.
 
     Args:
         frame: the tidy rows of one study.
         confidence: level of the whiskers, in (0, 1).
-        tolerance: eigenvalues with a larger relative residual ‖Hv − λv‖/|λ| get a cross: they have not converged.
 
     Raises:
         NothingToDraw: the spectrum was not measured.
     """
     styles = styles_for(frame["method"])
     table = eigenvalue_table(frame, confidence)
-    spaces, splits = in_space_order(table["space"]), canvas.variants(table, ["split"])
-    figure, grid = canvas.panels(len(splits), len(spaces), PAGE, 0.75 + 2.1 * len(splits))
+    spaces, kinds = in_space_order(table["space"]), canvas.variants(table, ["kind", "split"])
+    figure, grid = canvas.panels(len(kinds), len(spaces), PAGE, 0.75 + 2.1 * len(kinds))
     unconverged = 0
-    for (split,), line in zip(splits, grid, strict=True):
+    for (kind, split), line in zip(kinds, grid, strict=True):
         for space, axes in zip(spaces, line, strict=True):
-            panel = table[(table["space"] == space) & (table["split"] == split)]
+            panel = table[(table["space"] == space) & (table["kind"] == kind) & (table["split"] == split)]
             present = [m for m in styles if m in set(panel["method"])]
             width = 0.82 / max(len(present), 1)
             for position, method in enumerate(present):
@@ -58,7 +65,7 @@ def eigenvalue_bars(frame: pd.DataFrame, confidence: float = 0.95, tolerance: fl
                 for rank in seeds["index"].unique():
                     values = seeds[seeds["index"] == rank]
                     canvas.draw_bar(axes, rank + shift, values.iloc[0], values["value"], look, width)
-                loose = seeds[seeds["residual"] > tolerance]
+                loose = seeds[~seeds["converged"]]
                 (crosses,) = axes.plot(
                     loose["index"] + shift, loose["value"], linestyle="none", marker="x", color="black"
                 )
@@ -71,14 +78,15 @@ def eigenvalue_bars(frame: pd.DataFrame, confidence: float = 0.95, tolerance: fl
             axes.tick_params(axis="x", length=0)
             axes.grid(visible=False, axis="x")
             axes.set_title(canvas.space_title(space))
-            axes.set_xlabel("rank by magnitude")
+            axes.set_xlabel(f"rank ({kind or 'by magnitude'})")
         line[0].set_ylabel("Hessian eigenvalue λ" + (f" ({split})" if split else ""))
     dot = Line2D([], [], marker="o", markersize=3, color="0.4", linestyle="none", label="one seed")
     canvas.legend(figure, [*canvas.bar_handles(styles, table["method"]), dot], PAGE)
     words = canvas.interval_words(table, "whiskers", confidence)
     words += " The axes differ: factor curvature and curvature in W have different units."
     if unconverged:
-        words += f" Crosses: {unconverged} eigenvalues with a relative residual above {tolerance:g}, not converged."
+        worst = float(table.loc[~table["converged"], "residual"].max())
+        words += f" Crosses: {unconverged} eigenvalues not converged, relative residual up to {worst:.1g}."
     lost = int((table["n_non_finite"] > 0).sum())
     canvas.caption(figure, words + (f" {lost} eigenvalues are not finite and not drawn." if lost else ""), PAGE)
     return figure

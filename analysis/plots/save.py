@@ -48,11 +48,15 @@ def save_figure(
     """
     folder.mkdir(parents=True, exist_ok=True)
     images = {}
+    layout = figure.get_layout_engine()
     with mpl.rc_context(RC):  # fonttype and hashsalt are read while saving
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, the same in every format
         for kind in formats:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=_UNDATED[kind])
             images[kind] = _in_a_palette(buffer) if kind == "png" else buffer.getvalue()
+    figure.set_layout_engine(layout)
     written = [write_atomically(folder / f"{name}.{kind}", image) for kind, image in images.items()]
     table = data.to_csv(index=False, lineterminator="\n").encode()
     written.append(write_atomically(folder / f"{name}.csv", table))

@@ -15,7 +15,6 @@ _SHARPNESS = {
     ("adversarial", "loss_rise"): "loss rise one gradient step away",
     ("spectrum", "eigenvalue"): "largest Hessian eigenvalue",
 }
-_KINDS = {("random", "filter"): ", filter-scaled", ("random", "isotropic"): ", isotropic"}
 
 
 def headline_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -38,8 +37,14 @@ def headline_rows(table: pd.DataFrame) -> pd.DataFrame:
                     middle = radii[len(radii) // 2]
                     part = part[part["radius"] == middle]
                     at = f", {'σ' if kind == 'filter' else 'ρ'} = {middle:g}"
-                parts.append(part.assign(headline=name + _KINDS.get((measure, kind), "") + at))
+                parts.append(part.assign(headline=name + _kind_words(measure, kind) + at))
     return pd.concat(parts, ignore_index=True) if parts else whole.iloc[:0].assign(headline="")
+
+
+def _kind_words(measure: str, kind: str) -> str:
+    if measure == "adversarial" or not kind:
+        return ""
+    return ", filter-scaled" if kind == "filter" else f", {kind.replace('_', ' ')}"
 
 
 def answer(differences: pd.DataFrame, baseline: str, confidence: float) -> list[str]:

@@ -139,17 +139,18 @@ def eigenvalue_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:
     rows = summary[
         (summary["measure"] == "spectrum") & (summary["quantity"] == "eigenvalue") & (summary["layer"] == "")
     ]
-    several = rows["split"].nunique() > 1
     lines: list[Line] = []
-    for (space, split, rank), part in by_space(rows, "split", "index"):
-        lines.append(((SPACE_NAMES.get(space, space) + (f" ({split})" if several else ""), f"λ{rank}"), part))
+    for (space, kind, split, rank), part in by_space(rows, "kind", "split", "index"):
+        lines.append(((SPACE_NAMES.get(space, space), split, kind or "by magnitude", f"λ{rank}"), part))
 
     def show(row: pd.Series) -> Cell:
         worst = f"residual ≤ {number(row['residual'], 2)}"
         return Cell(spread(row["mean"], row["half_width"], row["n_non_finite"]), worst)
 
-    note = "Residual: the largest ‖Hv − λv‖/|λ| over seeds. λ is ranked by magnitude and keeps its sign."
-    return by_method("Hessian eigenvalues", ("space", "rank"), lines, methods, show=show, note=note)
+    note = "Residual: the largest ‖Hv − λv‖/|λ| over seeds."
+    return by_method(
+        "Hessian eigenvalues", ("space", "examples", "ranked", "rank"), lines, methods, show=show, note=note
+    )
 
 
 def subspace_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:

@@ -20,7 +20,7 @@ from analysis.plots import (
     perturbation_curves,
 )
 from analysis.plots.canvas import NON_FINITE
-from analysis.plots.eigenvalues import UNCONVERGED
+from analysis.plots.eigenvalues import UNCONVERGED, eigenvalue_table
 from analysis.plots.style import styles_for
 from analysis.statistics import summarize
 from bilora.errors import UserError
@@ -167,7 +167,14 @@ def test_an_eigenvalue_that_has_not_converged_is_crossed(frame):
     figure = eigenvalue_bars(broken)
     crosses = [line for axes in figure.axes for line in axes.lines if line.get_label() == UNCONVERGED]
     assert sum(len(line.get_xdata()) for line in crosses) == 1
-    assert "1 eigenvalues with a relative residual above 0.01" in words(figure)
+    assert "1 eigenvalues not converged, relative residual up to 0.2" in words(figure)
+
+
+def test_the_solvers_word_on_convergence_counts(frame):
+    spectrum = frame.query("quantity == 'eigenvalue' and method == 'LoRA'")
+    said = spectrum.assign(quantity="converged", value=(spectrum["index"] != 2).astype(float), residual=np.nan)
+    table = eigenvalue_table(pd.concat([spectrum, said]))
+    assert (table["converged"] == (table["index"] != 2)).all()
 
 
 def test_bars_are_means_and_dots_are_seeds(frame):

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from analysis.plots import FIGURES, draw_all
+from analysis.plots.save import save_figure
 from analysis.report import write_report
 from analysis.report.headlines import answer, headline_rows
 from analysis.report.numbers import enumerated, number, p_value, spread
@@ -55,7 +56,8 @@ class Page(HTMLParser):
 def written(tmp_path_factory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("study")
     frame = plausible_rows(methods=["LoRA", "LoRA-SAM", "Bi-LoRA"])
-    draw_all(frame, folder / "figures", {})
+    for family in FIGURES:
+        save_figure(family.draw(frame), family.name, folder / "figures", family.table(frame), {}, formats=("svg",))
     made_by = {
         "command": "bilora compare studies/demo.yaml",
         "code": {"cell": "0123abcd"},

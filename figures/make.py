@@ -1,0 +1,73 @@
+"""Redraw the README's figures from the rows of the demo study: ``python figures/make.py``.
+
+Reads ``runs/demo/results.parquet`` (made by ``make demo``) and writes into this folder one small PNG per figure with
+its tidy CSV and a JSON of what made it. Nothing is measured here.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.plots import FIGURES, NothingToDraw
+from analysis.plots.save import frame_hash, save_figure
+from bilora.errors import UserError
+
+HERE = Path(__file__).parent
+SHOWN = ("landscape", "random_induced", "adversarial", "eigenvalues", "overlap", "outside_share")
+
+
+def make(results: Path, folder: Path) -> list[Path]:
+    """Draw the figures of :data:`SHOWN` from ``results`` into ``folder``; returns the files written.
+
+    Raises:
+        UserError: ``results`` does not exist, or holds none of the figures' rows.
+    """
+    if not results.is_file():
+        raise UserError(f"{results} does not exist: run `make demo` first")
+    frame = pd.read_parquet(results)
+    made_by = {
+        "command": "python figures/make.py",
+        "study": sorted(frame["study"].unique().tolist()),
+        "rows": len(frame),
+        "rows_sha256": frame_hash(frame),
+    }
+    beside = results.with_name("provenance.json")
+    if beside.is_file():
+        known = json.loads(beside.read_text(encoding="utf-8"))
+        made_by["measured_by"] = {key: known[key] for key in ("command", "versions") if key in known}
+    written: list[Path] = []
+    for family in FIGURES:
+        if family.name not in SHOWN:
+            continue
+        try:
+            table = family.table(frame)
+        except NothingToDraw as nothing:
+            print(f"left out: {family.name} ({nothing})", file=sys.stderr)
+            continue
+        title = {"title": family.title}
+        written += save_figure(family.draw(frame), family.name, folder, table, {**title, **made_by}, formats=("png",))
+    if not written:
+        raise UserError(f"{results} holds no rows of any figure: run `make demo` again")
+    return written
+
+
+def main() -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Redraw the README's figures from a finished study.")
+    parser.add_argument("results", nargs="?", type=Path, default=HERE.parent / "runs" / "demo" / "results.parquet")
+    parser.add_argument("--folder", type=Path, default=HERE, help="where the figures go (default: beside this script)")
+    given = parser.parse_args()
+    try:
+        for path in make(given.results, given.folder):
+            print(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
