@@ -19,11 +19,11 @@ def exit_code(command: Callable[[], object]) -> int:
     0 when it succeeded, 2 for bad input, 130 when interrupted. Any other exception is a defect of the program and is
     not caught.
     """
+    result: object
     try:
         result = command()
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted: give the same command again to continue")
-        return INTERRUPTED
+        result = INTERRUPTED
     except UserError as error:
         _say(f"error: {error}")
         return BAD_INPUT
@@ -43,6 +43,8 @@ def exit_code(command: Callable[[], object]) -> int:
         if message():  # empty where the help was printed for want of a command
             _say(f"error: {message()}")
         return BAD_INPUT
+    if result == INTERRUPTED:  # newer versions of Typer catch Ctrl-C themselves and return this
+        _say("interrupted: give the same command again to continue")
     return result if isinstance(result, int) else 0
 
 

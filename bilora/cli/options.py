@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from bilora.errors import UserError
 
@@ -34,7 +33,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 
 
 def parse_assignments(assignments: Sequence[str] | None, option: str) -> dict[str, Any]:
-    """``["rho=0.05", "name=x"]`` → ``{"rho": 0.05, "name": "x"}``: values are read as JSON, else as YAML.
+    """``["rho=0.05", "name=x"]`` → ``{"rho": 0.05, "name": "x"}``: values are read as JSON, else as text.
 
     Raises:
         UserError: an item without ``=`` or without a name, or a name given twice.
@@ -52,11 +51,8 @@ def parse_assignments(assignments: Sequence[str] | None, option: str) -> dict[st
 
 
 def _value(text: str) -> Any:
+    # Not YAML, in which 1e-3 is a text and `no`, a save_strategy, is false.
     try:
-        return json.loads(text)  # reads 1e-3 as a number, which YAML 1.1 does not
+        return json.loads(text)
     except ValueError:
-        pass
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+        return {"True": True, "False": False, "None": None}.get(text, text)

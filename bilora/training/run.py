@@ -84,8 +84,9 @@ def train_run(
 
     writes = trainer.is_world_process_zero()
     checkpoint = _last_checkpoint(folder)
+    _refuse_changed_inputs(folder, fingerprints)
     if writes:
-        _begin(folder, spec, fingerprints, checkpoint)
+        _begin(folder, spec, fingerprints)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     validation = _without_prefix(trainer.evaluate(), "eval_")
     # Stratified, as every prefix of the training examples is. The Trainer's own mean loss would miss what came
@@ -104,6 +105,7 @@ def train_run(
         base_fingerprint=fingerprints["base"],
         data_fingerprint=fingerprints["data"],
     )
+    trainer.accelerator.wait_for_everyone()
     if writes:
         _move_into_place(partial, folder)
         write_record(record, spec, _versions())
@@ -170,19 +172,21 @@ def _training_arguments(spec: TrainSpec, method: Method, folder: Path, progress:
         raise UserError(f"the training arguments do not fit together: {detail}") from error
 
 
-def _begin(folder: Path, spec: TrainSpec, fingerprints: dict[str, str], checkpoint: Path | None) -> None:
-    """Mark the folder as this run's, and clear what a killed run left half written."""
+def _refuse_changed_inputs(folder: Path, fingerprints: dict[str, str]) -> None:
     begun = folder / SPEC_FILE
-    if begun.exists():
-        if json.loads(begun.read_text(encoding="utf-8")).get("fingerprints") != fingerprints:
-            raise UserError(
-                f"the model or the data of the interrupted run in {folder} has changed since: delete the folder"
-            )
-    else:
+    if begun.exists() and json.loads(begun.read_text(encoding="utf-8")).get("fingerprints") != fingerprints:
+        raise UserError(
+            f"the model or the data of the interrupted run in {folder} has changed since: delete the folder"
+        )
+
+
+def _begin(folder: Path, spec: TrainSpec, fingerprints: dict[str, str]) -> None:
+    """Mark the folder as this run's, and clear what a killed run left half written."""
+    if not (folder / SPEC_FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(begun, {"spec": as_json(spec), "fingerprints": fingerprints})
+        write_json(folder / SPEC_FILE, {"spec": as_json(spec), "fingerprints": fingerprints})
     for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
-        if checkpoint is None or not _complete(path):
+        if not _complete(path):
             shutil.rmtree(path)
 
 

@@ -77,6 +77,8 @@ def _checked_argument(key: str, value: Any) -> Any:
     try:
         return known[key].validate_python(value)
     except ValidationError as error:
+        if value is False:  # what YAML makes of `save_strategy: no`
+            return _checked_argument(key, "no")
         raise UserError(f"training argument {key}={value!r} is not valid: {error.errors()[0]['msg']}") from error
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from bilora import METHODS
 from bilora.cli.app import main
 from bilora.cli.errors import exit_code
+from bilora.cli.options import parse_assignments
 from bilora.errors import UserError
 from bilora.tasks import LoraSpec, TaskSpec, base_fingerprint, load_model, load_task, load_tokenizer
 from bilora.training.run import train_run
@@ -211,6 +213,24 @@ def test_loss_that_is_no_number(tmp_path, capsys):
 def test_texts_of_arguments_are_converted():
     spec = TrainSpec(training={"learning_rate": "1e-3", "max_steps": "7", "bf16": "false"})
     assert spec.training == {"learning_rate": 1e-3, "max_steps": 7, "bf16": False}
+    assert TrainSpec(training=yaml.safe_load("{save_strategy: no, bf16: no}")).training == {
+        "save_strategy": "no",
+        "bf16": False,
+    }
+
+
+def test_values_of_assignments():
+    given = ["a=1e-3", "b=true", "c=no", "d=[1, 0.5]", "e=x=y", "f=None", "g=cosine", "h="]
+    assert parse_assignments(given, "--set") == {
+        "a": 1e-3,
+        "b": True,
+        "c": "no",
+        "d": [1, 0.5],
+        "e": "x=y",
+        "f": None,
+        "g": "cosine",
+        "h": "",
+    }
 
 
 def test_methods_lists_them_all(capsys):
