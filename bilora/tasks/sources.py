@@ -71,7 +71,7 @@ def _split_files(folder: Path) -> dict[str, Path]:
 def _rotten_tomatoes(spec: TaskSpec) -> Table:
     """The 8,530 sentences of Pang and Lee (2005), half of them positive (label 1)."""
     reviews = _load(ROTTEN_TOMATOES.path(), spec)
-    kept = [i for i, source in enumerate(reviews["source"]) if source == "rotten_tomatoes"]
+    kept = [i for i, source in enumerate(reviews["source"][:]) if source == "rotten_tomatoes"]
     table = _table(reviews.select(kept), "rotten_tomatoes", spec)
     return replace(table, class_names=("negative", "positive")) if spec.label_column == "label" else table
 
@@ -132,7 +132,7 @@ def _table(rows: Any, source: str, spec: TaskSpec) -> Table:
             )
     if len(rows) == 0:
         raise UserError(f"{source} is empty: it needs rows of text")
-    texts = list(rows[spec.text_column])
+    texts = rows[spec.text_column][:]
     for number, text in enumerate(texts, start=1):
         if text is None or (isinstance(text, str) and not text.strip()):
             raise UserError(f"{source}: row {number} has no {spec.text_column}: fill it in or remove the row")
@@ -140,7 +140,7 @@ def _table(rows: Any, source: str, spec: TaskSpec) -> Table:
             raise UserError(f"{source}: column {spec.text_column!r} holds {type(text).__name__}, not text")
     if not labelled:
         return Table(source, texts, [])
-    labels = list(rows[spec.label_column])
+    labels = rows[spec.label_column][:]
     for number, label in enumerate(labels, start=1):
         if label is None or (isinstance(label, float) and math.isnan(label)) or label == "":
             raise UserError(f"{source}: row {number} has no {spec.label_column}: fill it in or remove the row")
