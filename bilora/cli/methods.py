@@ -1,5 +1,9 @@
 """``bilora methods``: what can be trained with."""
 
+import sys
+from inspect import getdoc
+from typing import Annotated
+
 import typer
 
 
@@ -8,20 +12,35 @@ def register(app: typer.Typer) -> None:
     app.command("methods")(methods)
 
 
-def methods() -> None:
-    """List the training methods, what a step of each costs, and where they come from."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, to see its equations, settings and source.")] = None,
+) -> None:
+    """List the training methods with the passes a step of each costs, or explain one."""
+    if name is None:
+        _list()
+    else:
+        _explain(name)
+
+
+def _list() -> None:
     from rich.console import Console
     from rich.table import Table
 
     from bilora.methods import METHODS
 
-    table = Table()
+    table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("name", no_wrap=True)
     table.add_column("passes", justify="right")
-    table.add_column("what it does")
-    table.add_column("settings", no_wrap=True)
-    table.add_column("source")
+    table.add_column("what it does", no_wrap=True)
     for name, method in METHODS.items():
-        settings = "\n".join(f"{key}={value}" for key, value in method().settings().items())
-        table.add_row(name, f"{method.passes:g}", method.summary, settings, method.source)
+        table.add_row(name, f"{method.passes:g}", method.summary)
     Console().print(table)
+
+
+def _explain(name: str) -> None:
+    from bilora.methods import method_class
+
+    method = method_class(name)
+    equations = (sys.modules[method.__module__].__doc__ or "").strip()
+    settings = ", ".join(f"{key}={value}" for key, value in method().settings().items()) or "none"
+    typer.echo(f"{equations}\n\n{getdoc(method)}\n\nSettings and defaults: {settings}\nSource: {method.source}")

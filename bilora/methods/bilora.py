@@ -12,6 +12,7 @@ After training the auxiliary is dropped; what remains is an ordinary LoRA adapte
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from bilora.adapters.norms import squared_product_norms
 from bilora.errors import UserError
 from bilora.methods.base import Method, Step
 from bilora.methods.checks import check_choice, check_count, check_positive
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -47,7 +50,7 @@ class BiLora(Method):
     """
 
     name: ClassVar[str] = "bilora"
-    summary: ClassVar[str] = "LoRA plus an auxiliary adversarial LoRA that ascends in the same pass"
+    summary: ClassVar[str] = "LoRA plus an auxiliary LoRA that ascends in the same pass"
     source: ClassVar[str] = "Liu et al. ICLR 2026, arXiv 2508.19564"
     passes: ClassVar[float] = 1
 
@@ -77,6 +80,7 @@ class BiLora(Method):
 
     def prepare(self, model: nn.Module, seed: int) -> None:
         self.finish()
+        self._norm_over_rho, self._ascent_gap = 0.0, float("nan")
         layers = adapted_layers(model)
         scale = None if self.alpha is None else self.alpha / self.rank
         auxiliary = AuxiliaryPairs(layers, rank=self.rank, scale=scale, seed=seed, ascend=self.ascend)
@@ -152,6 +156,12 @@ class BiLora(Method):
     def finish(self) -> None:
         if self._model is not None and self._auxiliary is not None:
             self._auxiliary.detach(self._model, self._layers)
+            if self._ascent_gap < 0:
+                log.warning(
+                    "the last ascent gap was %.2g: the loss without the auxiliary is higher than with it, the primary "
+                    "leans on what is dropped now; a smaller rho or learning_rate of the auxiliary may mend it",
+                    self._ascent_gap,
+                )
         self._model, self._layers = None, {}
 
     def _pairs(self) -> AuxiliaryPairs:

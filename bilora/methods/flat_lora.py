@@ -40,7 +40,7 @@ class FlatLora(Method):
     """
 
     name: ClassVar[str] = "flat_lora"
-    summary: ClassVar[str] = "random filter-scaled noise on the merged weights, fresh each step"
+    summary: ClassVar[str] = "random filter-scaled noise on the merged weights"
     source: ClassVar[str] = "Li et al. ICML 2025, arXiv 2409.14396"
     passes: ClassVar[float] = 1
 

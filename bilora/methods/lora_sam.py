@@ -33,7 +33,7 @@ class LoraSam(Method):
     """
 
     name: ClassVar[str] = "lora_sam"
-    summary: ClassVar[str] = "SAM on the LoRA factors: perturbs inside Col(B) and Row(A)"
+    summary: ClassVar[str] = "SAM on the LoRA factors: perturbs in Col(B) and Row(A)"
     source: ClassVar[str] = "Foret et al. 2021, arXiv 2010.01412; Li, Zhang, He 2024, arXiv 2410.14802"
     passes: ClassVar[float] = 2
     replays: ClassVar[bool] = True

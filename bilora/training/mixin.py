@@ -160,6 +160,8 @@ class MethodMixin(_Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # every process comes here, one writes
+            return
         save_method(self.method, output_dir if output_dir is not None else self.args.output_dir)
 
     def _load_method(self, checkpoint: str) -> None:
