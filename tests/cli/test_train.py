@@ -235,8 +235,10 @@ def test_values_of_assignments():
 
 def test_methods_lists_them_all(capsys):
     assert main(["methods"]) == 0
-    shown = capsys.readouterr().out
-    assert all(f" {name} " in shown for name in METHODS)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(METHODS), "a line each"
+    assert main(["methods", "bilora"]) == 0
+    assert "rho=0.05" in capsys.readouterr().out
 
 
 def test_version_and_help(capsys):
