@@ -59,7 +59,7 @@ def start_worker() -> None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch
     import transformers
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     # Libraries' progress bars share a lock between processes, which a stopped worker could not give back.
     tqdm.set_lock(threading.RLock())
