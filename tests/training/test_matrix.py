@@ -193,3 +193,29 @@ def test_bad_settings(name, settings, message):
         build_method(name, settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@each_method
+def test_activation_checkpointing_changes_nothing(train, name):
+    """The recomputed forward of the backward pass sees the same perturbed weights."""
+    results = []
+    for checkpointing in (False, True):
+        model = model_for(name)
+        options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if checkpointing else {}
+        train(model, build_method(name), gradient_checkpointing=checkpointing, **options, **ADAM)
+        results.append(factors(model))
+    for key, expected in results[0].items():
+        torch.testing.assert_close(results[1][key], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["lora", "bilora", "flat_lora", "lora_sam"])
+def test_compiled_model_trains_alike(train, name):
+    """``torch_compile``: switching the auxiliary or the noise on and off is seen by compiled code."""
+    results = []
+    for compiled in (False, True):
+        model = model_for(name)
+        options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+        train(model, build_method(name), **options, **ADAM)
+        results.append(factors(model))
+    for key, expected in results[0].items():
+        torch.testing.assert_close(results[1][key], expected, rtol=0, atol=1e-8)
