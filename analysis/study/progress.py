@@ -76,7 +76,7 @@ class LiveBar:
         self._live.start()
 
     def running(self, labels: Sequence[str]) -> None:
-        self._live.update(Group(self._bar, *(Text(f"  {label}", style="dim") for label in labels)))
+        self._live.update(Group(self._bar, *(Text(f"  {label}", style="dim") for label in labels)), refresh=True)
 
     def done(self, label: str, status: str, seconds: float, note: str = "") -> None:
         self._bar.advance(self._task)

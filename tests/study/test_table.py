@@ -1,0 +1,78 @@
+"""The result table of the terminal."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from analysis.core import row
+from analysis.study.table import _interval, result_table, rows_table
+
+
+def study_rows() -> pd.DataFrame:
+    """Two methods × three seeds; B's eigenvalue is lower by 10 in every seed, its accuracy the same."""
+    rows = []
+    for method, shift in (("A", 0.0), ("B", -10.0)):
+        for seed in range(3):
+            found = [
+                row("quality", "accuracy", 0.8 + 0.01 * seed, split="validation"),
+                row("spectrum", "eigenvalue", 100 + seed + shift * (1 + 0.01 * seed), space="full", index=1),
+                row("spectrum", "eigenvalue", -7.0, space="full", index=2),
+            ]
+            for radius in (0.1, 0.2, 0.3):
+                for index in range(2):
+                    found.append(
+                        row("random", "loss_rise", radius, space="full", kind="filter", radius=radius, index=index)
+                    )
+            rows += [{"study": "toy", "method": method, "seed": seed, **one, "cell": ""} for one in found]
+    return pd.DataFrame(rows)
+
+
+def shown(table: object) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_a_line_a_quantity_a_column_a_method() -> None:
+    text = shown(result_table(study_rows(), "A"))
+    (eigenvalue,) = [line for line in text.splitlines() if "eigenvalue" in line]  # the largest alone
+    assert "101.0 ± 2.5" in eigenvalue
+    assert "90.9 ± 2.2*" in eigenvalue
+    (rise,) = [line for line in text.splitlines() if "random loss rise" in line]  # the middle radius alone
+    assert "radius 0.2" in rise
+    (accuracy,) = [line for line in text.splitlines() if "accuracy" in line]
+    assert accuracy.count("0.810 ± 0.025") == 2
+    assert "*" not in accuracy
+    assert "over 3 seeds" in text
+
+
+def test_one_seed_has_no_interval() -> None:
+    frame = study_rows()
+    text = shown(result_table(frame[frame["seed"] == 0], "A"))
+    assert "±" not in text.replace("mean ±", "")
+    assert "one seed, no interval" in text
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "text"),
+    [
+        (0.8123, 0.0249, "0.812 ± 0.025"),
+        (162.66, 31.2, "163 ± 31"),
+        (-0.00123, 0.00045, "-0.00123 ± 0.00045"),
+        (2.0, 0.0, "2.000 ± 0.000"),
+        (1.5, np.nan, "1.5"),
+        (np.inf, np.nan, "not finite"),
+    ],
+)
+def test_digits_follow_the_interval(mean: float, half_width: float, text: str) -> None:
+    assert _interval(mean, half_width) == text
+
+
+def test_rows_of_one_adapter_without_single_directions() -> None:
+    frame = study_rows()
+    text = shown(rows_table(frame[(frame["method"] == "A") & (frame["seed"] == 0)]))
+    assert "eigenvalue" in text
+    assert "loss rise" not in text
