@@ -74,7 +74,10 @@ def eigenvalue_bars(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
             axes.axhline(0, color="0.25", linewidth=0.7)
             low, high = canvas.spread_limits(panel.assign(mean=panel["value"]))
             axes.set_ylim(min(low, 0), max(high, 0))
-            axes.set_xticks(sorted(panel["index"].unique()))
+            ranks = sorted(panel["index"].unique())
+            axes.set_xticks(ranks)
+            if len(ranks) < 3:  # two or three methods would be walls
+                axes.set_xlim(ranks[0] - 1.2, ranks[-1] + 1.2)
             axes.tick_params(axis="x", length=0)
             axes.grid(visible=False, axis="x")
             axes.set_title(canvas.space_title(space))

@@ -8,32 +8,40 @@ from analysis.plots.style import PAGE, in_space_order, styles_for
 from analysis.statistics import summarize
 
 
-def landscape_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+def landscape_table(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool = True) -> pd.DataFrame:
     """The means and intervals that :func:`landscape_lines` draws: one row per method, space, split and coordinate.
+
+    With ``rise`` each line's own loss at α = 0 is subtracted before anything is averaged.
 
     Raises:
         NothingToDraw: the landscape was not measured.
     """
-    return summarize(canvas.chosen(frame, "landscape", "loss"), confidence).sort_values(
-        ["split", "space", "method", "radius"], ignore_index=True
-    )
+    rows = canvas.chosen(frame, "landscape", "loss")
+    if rise:
+        line = ["method", "seed", "space", "kind", "split", "index"]
+        centre = rows.loc[rows["radius"] == 0, [*line, "value"]].rename(columns={"value": "centre"})
+        rows = rows.merge(centre, on=line, how="left")
+        rows["value"] = rows["value"] - rows["centre"]
+    return summarize(rows, confidence).sort_values(["split", "space", "method", "radius"], ignore_index=True)
 
 
 @canvas.styled
-def landscape_lines(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
+def landscape_lines(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool = True) -> Figure:
     """Mean loss over the filter-normalised distance α, with the interval over seeds; all panels share the loss axis.
 
-    Directions are averaged within a training seed before seeds are compared.
+    Directions are averaged within a training seed before seeds are compared. Training seeds end at different losses, by
+    more than the lines bend; the rise over the loss at α = 0 shows the shape, which is what flatness is about.
 
     Args:
         frame: the tidy rows of one study.
         confidence: level of the band, in (0, 1).
+        rise: draw the rise over each line's loss at α = 0; False draws the loss itself.
 
     Raises:
         NothingToDraw: the landscape was not measured.
     """
     styles = styles_for(frame["method"])
-    table = landscape_table(frame, confidence)
+    table = landscape_table(frame, confidence, rise=rise)
     spaces, splits = in_space_order(table["space"]), canvas.variants(table, ["split"])
     figure, grid = canvas.panels(len(splits), len(spaces), PAGE, 0.75 + 2.1 * len(splits), sharey="all")
     lost = 0
@@ -50,7 +58,8 @@ def landscape_lines(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
             axes.set_xlabel(f"filter-normalised distance α in {'(A, B)' if space == 'lora' else 'W'}")
             axes.margins(x=0)
             lost += canvas.mark_non_finite(axes, panel, styles, "radius")
-        line[0].set_ylabel(f"loss ({split})" if split else "loss")
+        what = "loss rise over α = 0" if rise else "loss"
+        line[0].set_ylabel(what + (f"\n({split})" if split else ""))
     canvas.legend(figure, canvas.line_handles(styles, table["method"], markers=False), PAGE)
     directions = int(table["n_directions"].min())
     words = f"Line: mean over seeds of {directions} random direction{'s' * (directions != 1)} each. "

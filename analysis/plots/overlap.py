@@ -25,6 +25,9 @@ PERTURBATIONS = {
 _BLOCK = re.compile(r"^(?P<stem>.*?)\.(?P<block>\d+)\.(?P<module>.+)$")
 _COLOURS = "cividis"
 
+NO_BLOCK = -1
+"""``block`` of a layer outside the numbered blocks."""
+
 
 def overlap_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """Overlap per method, layer and side, mean over seeds, with ``block`` and ``module`` read off the layer's name.
@@ -37,7 +40,7 @@ def overlap_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame
     if table.empty:
         raise canvas.NothingToDraw("no overlap by layer to draw: measure subspace on an adapter trained with bilora")
     parts = table["layer"].map(_BLOCK.match)
-    table["block"] = [int(part["block"]) if part else 0 for part in parts]
+    table["block"] = [int(part["block"]) if part else NO_BLOCK for part in parts]
     table["module"] = [part["module"] if part else layer for part, layer in zip(parts, table["layer"], strict=True)]
     return table
 
@@ -54,7 +57,8 @@ def overlap_heatmap(frame: pd.DataFrame) -> Figure:
     table = overlap_table(frame)
     methods = [m for m in styles_for(frame["method"]) if m in set(table["method"])]
     sides = [side for side in SIDES if side in set(table["kind"])]
-    modules, blocks = list(dict.fromkeys(table["module"])), sorted(table["block"].unique())
+    modules = list(dict.fromkeys(table["module"]))
+    blocks = sorted(table["block"].unique(), key=lambda block: (block == NO_BLOCK, block))
     height = 0.95 + len(methods) * (0.45 + 0.24 * len(modules))
     figure, grid = canvas.panels(len(methods), len(sides), PAGE, height, sharey="all")
     scale = Normalize(0, max(float(table["mean"].max()), 2 * float(table["chance"].max()), 1e-6))
@@ -65,11 +69,12 @@ def overlap_heatmap(frame: pd.DataFrame) -> Figure:
             axes.grid(visible=False)
             axes.imshow(values, cmap=_COLOURS, norm=scale, aspect="auto")
             axes.set_facecolor("0.93")
-            for (y, x), value in np.ndenumerate(values.to_numpy()):
+            for module, block, value in cells[["module", "block", "mean"]].itertuples(index=False, name=None):
+                x, y = blocks.index(block), modules.index(module)
                 text = "–" if np.isnan(value) else f"{value:.2f}".removeprefix("0")
                 dark = not np.isnan(value) and scale(value) < 0.55
                 axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-            axes.set_xticks(range(len(blocks)), [str(b) for b in blocks])
+            axes.set_xticks(range(len(blocks)), ["none" if block == NO_BLOCK else str(block) for block in blocks])
             axes.set_yticks(range(len(modules)), modules)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
@@ -79,12 +84,12 @@ def overlap_heatmap(frame: pd.DataFrame) -> Figure:
     bar.set_label("overlap (0 orthogonal, 1 equal)", fontsize=7.5)
     bar.ax.tick_params(labelsize=7)
     low, high = float(table["chance"].min()), float(table["chance"].max())
-    bar.ax.axhline((low + high) / 2, color="#D55E00", linewidth=1.6)
+    bar.ax.axhline((low + high) / 2, color="white", linewidth=1.6)
     seeds = int(table["n_seeds"].max())
     chance = f"{low:.3f}" if np.isclose(low, high) else f"{low:.3f} to {high:.3f}"
     words = (
         f"Cell: ‖UᵀV‖²/r of trained and auxiliary pair, mean over {seeds} training seed{'s' * (seeds != 1)}. "
-        f"Line on the colour bar: expected of random subspaces ({chance}, by layer)."
+        f"White line on the colour bar: expected of random subspaces ({chance}, by layer)."
     )
     lost = int(table["n_non_finite"].sum())
     canvas.caption(figure, words + (f" {lost} values undefined (zero factor) and left out." if lost else ""), PAGE)

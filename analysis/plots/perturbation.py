@@ -4,8 +4,9 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from analysis.plots import canvas
 from analysis.plots.style import PAGE, in_space_order, styles_for
@@ -75,12 +76,7 @@ def perturbation_curves(
                 whiskers = np.stack([curve["mean"] - curve["low"], curve["high"] - curve["mean"]])
                 bars = axes.errorbar(at, curve["mean"], whiskers, elinewidth=0.8, color=look.colour, marker=look.marker)
                 bars.lines[0].set(linestyle=look.line, markeredgewidth=0)
-            if log_x:
-                axes.set_xscale("log")
-                axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            if log_x and not shared:
-                axes.set_xticks(sorted(panel[x].unique()))
-                axes.xaxis.set_minor_locator(NullLocator())
+            _x_ticks(axes, panel[x], log=log_x, at_values=not shared)
             if log_y:
                 axes.set_yscale("log")
                 axes.set_ylim(*_log_limits(of_kind))
@@ -109,6 +105,22 @@ def perturbation_curves(
 def _spans_decades(values: pd.Series, factor: float = _DECADES) -> bool:
     finite = values.dropna()
     return bool(len(finite) and finite.min() > 0 and finite.max() / finite.min() > factor)
+
+
+def _x_ticks(axes: Axes, values: pd.Series, *, log: bool, at_values: bool) -> None:
+    """Plain numbers; on a log axis at the measured radii where those are few."""
+    if not log:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        return
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    measured = sorted(values.unique())
+    if at_values and len(measured) <= 6:
+        axes.set_xticks(measured)
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _log_limits(table: pd.DataFrame) -> tuple[float, float]:

@@ -36,7 +36,7 @@ def headline_rows(table: pd.DataFrame) -> pd.DataFrame:
                 if radii:
                     middle = radii[len(radii) // 2]
                     part = part[part["radius"] == middle]
-                    at = f", {'σ' if kind == 'filter' else 'ρ'} = {middle:g}"
+                    at = f", {'σ' if kind == 'filter' else 'ρ'}\u00a0=\u00a0{middle:g}"
                 parts.append(part.assign(headline=name + _kind_words(measure, kind) + at))
     return pd.concat(parts, ignore_index=True) if parts else whole.iloc[:0].assign(headline="")
 

@@ -94,21 +94,25 @@ def verdict_cell(row: pd.Series) -> Cell:
 
 
 def setup_table(summary: pd.DataFrame) -> Table:
-    """What was measured where: a line per measure."""
+    """What was measured where: a line per measure and space, with the radii of each kind."""
     rows = []
-    for (measure,), part in lines_by(summary, "measure"):
-        spaces = [SPACE_NAMES.get(space, space) for space in reversed(in_space_order(part["space"])) if space]
+    for (measure, space), part in lines_by(summary, "measure", "space"):
         splits = [split for split in part["split"].unique() if split]
-        kinds = [kind.replace("_", " ") for kind in part["kind"].unique() if kind]
-        radii = sorted(radius for radius in part["radius"].dropna().unique() if radius > 0)
-        told = (
-            f"−{radii[-1]:g} to {radii[-1]:g}"
-            if measure == "landscape" and radii
-            else ", ".join(f"{r:g}" for r in radii)
-        )
-        words = (measure, ", ".join(spaces), ", ".join(splits), ", ".join(kinds), told)
+        words = (measure, SPACE_NAMES.get(space, space), ", ".join(splits), _kinds_with_radii(part, measure))
         rows.append(tuple(Cell(word or "–") for word in words))
-    return Table("What was measured", ("measure", "space", "examples", "kinds", "radii"), tuple(rows), labels=5)
+    return Table("What was measured", ("measure", "space", "examples", "kinds and radii"), tuple(rows), labels=4)
+
+
+def _kinds_with_radii(rows: pd.DataFrame, measure: str) -> str:
+    told: dict[str, list[str]] = {}
+    for kind in rows["kind"].unique():
+        radii = sorted(radius for radius in rows.loc[rows["kind"] == kind, "radius"].dropna().unique() if radius > 0)
+        words = ", ".join(f"{radius:g}" for radius in radii)
+        if measure == "landscape" and radii:
+            words = f"−{radii[-1]:g} to {radii[-1]:g}"
+        told.setdefault(words, []).append(kind.replace("_", " "))
+    parts = [(", ".join(kind for kind in kinds if kind), words) for words, kinds in told.items()]
+    return "; ".join(": ".join(word for word in part if word) for part in parts if any(part))
 
 
 def quality_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:

@@ -165,7 +165,7 @@ def said(frame: pd.DataFrame) -> str:
 
 def test_the_answer_says_flatter_sharper_or_undecided_as_the_intervals_do():
     text = said(headline({"Bi-LoRA": (-0.5, 0.01), "Flat-LoRA": (0.4, 0.01), "LoRA-SAM": (-0.1, 5.0)}))
-    assert "Bi-LoRA is flatter by loss rise one gradient step away, ρ = 0.1" in text
+    assert "Bi-LoRA is flatter by loss rise one gradient step away, ρ\u00a0=\u00a00.1" in text
     assert "Flat-LoRA is sharper by loss rise one gradient step away" in text
     assert "LoRA-SAM cannot be told from LoRA at 6 seeds" in text
     assert "few" not in text
