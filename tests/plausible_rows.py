@@ -86,8 +86,8 @@ def _landscape(rng, space, scale, directions):
         for alpha in np.linspace(-1, 1, 21).round(3):
             loss, norm = 0.2 + tilt * alpha + abs(bend) * alpha**2, abs(alpha) * stretch
             yield {
-                "measure": "landscape", "space": space, "quantity": "loss", "kind": "filter", "split": "train", "radius": alpha,
-                "index": index, "value": loss, "induced_norm": norm,
+                "measure": "landscape", "space": space, "quantity": "loss", "kind": "filter", "split": "train",
+                "radius": alpha, "index": index, "value": loss, "induced_norm": norm,
             }  # fmt: skip
 
 
