@@ -20,10 +20,11 @@ KEY_QUANTITIES: dict[str, tuple[str, ...]] = {
 _LINE = ["measure", "space", "quantity", "kind", "split", "radius", "index"]
 
 
-def result_table(frame: pd.DataFrame, baseline: str) -> Table:
+def result_table(frame: pd.DataFrame, baseline: str, width: int = 120) -> Table:
     """Mean over seeds ± half width of the 95 % interval; ``*`` where the difference to ``baseline`` is decided.
 
-    Of several radii the middle one is shown, of several eigenvalues the largest in magnitude.
+    Of several radii the middle one is shown, of several eigenvalues the largest in magnitude. Where ``width`` columns
+    are too few for all methods side by side, the half width stands below its mean.
     """
     summary = _whole_space(summarize(frame))
     methods = list(dict.fromkeys(frame["method"]))
@@ -31,7 +32,8 @@ def result_table(frame: pd.DataFrame, baseline: str) -> Table:
     decided = _decided(frame, baseline) if len(methods) > 1 and seeds > 1 else set()
     spread = "mean ± half width of the 95 % interval" if seeds > 1 else "one seed, no interval"
     table = Table(title=f"{frame['study'].iloc[0]}: {spread} over {seeds} seed{'s' * (seeds > 1)}")
-    table.add_column("quantity")
+    table.add_column("quantity", min_width=24)
+    separator = " " if 45 + 19 * len(methods) <= width else "\n"
     for method in methods:
         table.add_column(method, justify="right", no_wrap=True)
     for key, lines in _shown(summary):
@@ -41,7 +43,7 @@ def result_table(frame: pd.DataFrame, baseline: str) -> Table:
         cells = []
         for method in methods:
             star = "*" if (method, *key) in decided else ""
-            cells.append(_interval(*values[method]) + star if method in values else "")
+            cells.append(_interval(*values[method]).replace(" ", separator, 1) + star if method in values else "")
         table.add_row(_title(key), *cells)
     if decided:
         table.caption = f"* differs from {baseline}: paired by seed, Holm-corrected over methods, 5 %"
@@ -111,5 +113,7 @@ def _interval(mean: float, half_width: float) -> str:
     if not math.isfinite(half_width):
         return f"{mean:.4g}"
     leading = max(abs(mean) / 100, half_width)
-    digits = 2 if leading == 0 else min(8, max(0, 1 - math.floor(math.log10(leading))))
+    if 0 < leading < 1e-3 and abs(mean) < 1e-2:
+        return f"{mean:.1e} ± {half_width:.0e}"
+    digits = 2 if leading == 0 else max(0, 1 - math.floor(math.log10(leading)))
     return f"{mean:.{digits}f} ± {half_width:.{digits}f}"

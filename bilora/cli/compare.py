@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from analysis.study.run import StudyRun
 
+PLAIN_WIDTH = 120
+"""Columns of the table where there is no terminal to ask."""
+
 FAILED = 1
 """Exit code of a study with failed cells."""
 
@@ -51,6 +54,10 @@ def compare(
         spec = read_study(study)
         command = f"bilora compare {study.name if study.is_absolute() else study.as_posix()}"
         console = Console()
+        if not console.is_terminal:
+            console = Console(width=PLAIN_WIDTH)
+        if not console.is_terminal:
+            console = Console(width=140)  # a file or a pipe has no width of its own
         try:
             run = run_study(
                 spec, workers=workers, progress=progress_for(Console(stderr=True)), command=command, output=output
@@ -80,10 +87,8 @@ def _show(run: "StudyRun", baseline: str, console: "Console") -> None:
 
     results = run.results
     if not results.frame.empty:
-        present = set(results.frame["method"])
-        console.print(
-            result_table(results.frame, baseline if baseline in present else str(results.frame["method"].iloc[0]))
-        )
+        present = results.frame["method"].unique().tolist()
+        console.print(result_table(results.frame, baseline if baseline in present else present[0], console.width))
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

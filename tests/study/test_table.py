@@ -30,8 +30,8 @@ def study_rows() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def shown(table: object) -> str:
-    console = Console(file=io.StringIO(), width=140)
+def shown(table: object, width: int = 140) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue()
 
@@ -49,6 +49,15 @@ def test_a_line_a_quantity_a_column_a_method() -> None:
     assert "over 3 seeds" in text
 
 
+def test_a_narrow_terminal_loses_nothing() -> None:
+    frame = study_rows()
+    more = [frame, *(frame[frame["method"] == "A"].assign(method=name) for name in ("LoRA-SAM", "Flat-LoRA"))]
+    text = shown(result_table(pd.concat(more), "A", width=80), width=80)
+    for part in ("accuracy, validation", "0.810", "± 0.025", "± 2.2*"):
+        assert part in text
+    assert "…" not in text
+
+
 def test_one_seed_has_no_interval() -> None:
     frame = study_rows()
     text = shown(result_table(frame[frame["seed"] == 0], "A"))
@@ -61,7 +70,8 @@ def test_one_seed_has_no_interval() -> None:
     [
         (0.8123, 0.0249, "0.812 ± 0.025"),
         (162.66, 31.2, "163 ± 31"),
-        (-0.00123, 0.00045, "-0.00123 ± 0.00045"),
+        (-0.00123, 0.00045, "-1.2e-03 ± 4e-04"),
+        (0.0123, 0.00045, "0.01230 ± 0.00045"),
         (2.0, 0.0, "2.000 ± 0.000"),
         (1.5, np.nan, "1.5"),
         (np.inf, np.nan, "not finite"),
