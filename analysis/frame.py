@@ -1,10 +1,17 @@
 """From results to the tidy table that statistics, figures and the report read."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 
 from analysis.core.result import COLUMNS, Result
+
+
+def rows_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as a table with the columns of the contract in their order and types."""
+    types = {"index": "int64", "radius": "float64", "value": "float64"}
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(types)
 
 
 def to_frame(results: Result | Iterable[Result], *, method: str, seed: int = 0, study: str = "") -> pd.DataFrame:
@@ -23,6 +30,5 @@ def to_frame(results: Result | Iterable[Result], *, method: str, seed: int = 0, 
         One row per value: ``study``, ``method``, ``seed`` and the columns of :data:`analysis.core.result.COLUMNS`.
     """
     several = results if isinstance(results, Iterable) else [results]
-    rows = [row for result in several for row in result.rows()]
-    frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": float, "index": int})
+    frame = rows_frame([row for result in several for row in result.rows()])
     return frame.assign(study=study, method=method, seed=seed)[["study", "method", "seed", *COLUMNS]]

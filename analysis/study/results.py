@@ -119,7 +119,15 @@ def _present(spec: StudySpec, frame: pd.DataFrame, provenance: dict[str, Any]) -
         figures = draw_all(frame, folder / FIGURES, provenance)
     except NothingToDraw:
         figures = []
-    return [*figures, write_report(frame, folder / PAGE, figures=folder / FIGURES, provenance=provenance)]
+    present = set(frame["method"])
+    page = write_report(
+        frame,
+        folder / PAGE,
+        figures=folder / FIGURES,
+        provenance=provenance,
+        baseline=spec.baseline_label if spec.baseline_label in present else None,
+    )
+    return [*figures, page]
 
 
 def _provenance(spec: StudySpec, plan: Plan, store: Store, failures: Sequence[Failure], command: str) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 
 from analysis.core import Trained, WeightSpace, load_trained
+from analysis.frame import rows_frame
 from analysis.registry import MEASURES
 from analysis.study.inputs import content_digest, data_identity, library_versions, model_identity
 from analysis.study.sources import measure_code
 from analysis.study.spec import MeasureEntry
-from analysis.study.work import device, objective_for, rows_frame, task_for
+from analysis.study.work import device, objective_for, task_for
 from bilora.errors import UserError
 from bilora.tasks import TaskSpec, load_model
 

@@ -95,7 +95,9 @@ def measure_code(measure_module: str) -> str:
 
 
 def presentation_code() -> str:
-    """Digest of the sources that turn rows into tables, figures and the page."""
-    return source_digest(
-        closure(["analysis.statistics", "analysis.plots", "analysis.report", "analysis.study.results"])
-    )
+    """Digest of the sources, templates among them, that turn rows into tables, figures and the page."""
+    modules = closure(["analysis.statistics", "analysis.plots", "analysis.report", "analysis.study.results"])
+    digest = hashlib.sha256(source_digest(modules).encode())
+    for file in sorted(ROOT.joinpath("analysis", "report").glob("report.*")):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

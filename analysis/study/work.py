@@ -7,10 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
-from analysis.core import COLUMNS, Objective, Trained, WeightSpace, load_trained
+from analysis.core import Objective, Trained, WeightSpace, load_trained
+from analysis.frame import rows_frame
 from analysis.registry import MEASURES
 from analysis.study.spec import MeasureEntry
 from analysis.study.store import ROWS, Store
@@ -56,12 +56,6 @@ class Measuring:
         frame = rows_frame(result.rows())
         frame.to_parquet(folder / ROWS, index=False)
         return {"examples": objective.digest}
-
-
-def rows_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows as a table with the columns of the contract in their order and types."""
-    types = {"index": "int64", "radius": "float64", "value": "float64"}
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(types)
 
 
 # A worker gets many measurements of few adapters one after the other: it keeps what the next one is likely to need.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from analysis.study.run import StudyRun
 
-PLAIN_WIDTH = 120
+PLAIN_WIDTH = 140
 """Columns of the table where there is no terminal to ask."""
 
 FAILED = 1
@@ -56,8 +56,6 @@ def compare(
         console = Console()
         if not console.is_terminal:
             console = Console(width=PLAIN_WIDTH)
-        if not console.is_terminal:
-            console = Console(width=140)  # a file or a pipe has no width of its own
         try:
             run = run_study(
                 spec, workers=workers, progress=progress_for(Console(stderr=True)), command=command, output=output
