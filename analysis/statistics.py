@@ -98,7 +98,8 @@ def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0
             seeds in the comparison, and pairs left out because a value is not finite.
         ``verdict``
             ``lower``, ``higher`` or ``undecided``, from the corrected interval. Always ``undecided`` where a pair was
-            left out.
+            left out, and where an eigenvalue of largest magnitude did not converge or is negative: the order of such
+            values says nothing about flatness.
 
     Raises:
         UserError: as :func:`summarize`, and if ``baseline`` is not a method of the frame.
@@ -134,12 +135,26 @@ def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0
         table[f"{prefix}low"], table[f"{prefix}high"] = table["difference"] - half, table["difference"] + half
 
     table["verdict"] = UNDECIDED
-    complete = table["n_non_finite"] == 0
+    complete = (table["n_non_finite"] == 0) & ~_unordered_eigenvalues(table, frame, baseline)
     table.loc[complete & (table["corrected_high"] < 0), "verdict"] = LOWER
     table.loc[complete & (table["corrected_low"] > 0), "verdict"] = HIGHER
     table["baseline"] = baseline
     figures = ["difference", "low", "high", "corrected_low", "corrected_high", "cohen_dz", "p_value", "p_holm"]
     return table[["method", "baseline", *KEYS, *figures, "n_seeds", "n_non_finite", "verdict"]]
+
+
+def _unordered_eigenvalues(table: pd.DataFrame, frame: pd.DataFrame, baseline: str) -> "pd.Series[bool]":
+    """Marks the rows of ``table`` that compare an eigenvalue which is unconverged or negative in either method."""
+    spectrum = frame[frame["measure"] == "spectrum"]
+    unconverged = (spectrum["quantity"] == "converged") & (spectrum["value"] == 0)
+    negative = (spectrum["quantity"] == "eigenvalue") & (spectrum["kind"] == "") & (spectrum["value"] < 0)
+    place = ["space", "kind", "split", "index"]
+    doubtful = set(spectrum.loc[unconverged | negative, ["method", *place]].itertuples(index=False, name=None))
+    marks = [
+        quantity == "eigenvalue" and bool({(method, *where), (baseline, *where)} & doubtful)
+        for method, quantity, *where in table[["method", "quantity", *place]].itertuples(index=False, name=None)
+    ]
+    return pd.Series(marks, index=table.index, dtype=bool)
 
 
 def per_seed(frame: pd.DataFrame) -> pd.DataFrame:

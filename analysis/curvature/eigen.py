@@ -198,6 +198,8 @@ class SpectrumSettings(MeasureSettings):
     tolerance: float = pydantic.Field(default=1e-2, gt=0, lt=1, description="relative residual of a converged pair")
     max_products: int = pydantic.Field(default=100, ge=2, description="Hessian–vector products at most")
     seed: int = pydantic.Field(default=0, ge=0, description="of the random restarts")
+    which: Which = pydantic.Field(default="magnitude", description="magnitude, largest or smallest")
+    backend: Literal["lanczos", "pyhessian"] = pydantic.Field(default="lanczos", description="lanczos or pyhessian")
 
     @pydantic.model_validator(mode="after")
     def _enough_products(self) -> "SpectrumSettings":
@@ -214,6 +216,8 @@ def _run(objective: Objective, space: WeightSpace, settings: SpectrumSettings, t
         tolerance=settings.tolerance,
         max_products=settings.max_products,
         seed=settings.seed,
+        which=settings.which,
+        backend=settings.backend,
     )
 
 

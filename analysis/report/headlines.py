@@ -64,6 +64,10 @@ def answer(differences: pd.DataFrame, baseline: str, confidence: float) -> list[
     sentences = [_in_space(rows[rows["space"] == space], space, baseline) for space in rows["space"].unique()]
     sentences += _carried_over(rows, baseline)
     sentences += _quality(differences, baseline)
+    sentences.append(
+        f"{counted(len(rows), 'comparison')} stand behind these sentences; each quantity is corrected for its number "
+        "of methods, not for the number of quantities."
+    )
     if seeds < FEW_SEEDS:
         sentences.append(
             f"{counted(seeds, 'seed')} are few: the {100 * confidence:g} % intervals are wide, and “undecided” "

@@ -142,7 +142,7 @@ def _measure_cell(entry: MeasureEntry, space: str, training: Cell, owner: str) -
     determinants = {
         "training": training.address,
         "measure": entry.measure,
-        "settings": entry.all_settings().model_dump(mode="json"),
+        "settings": entry.settings_for(training.compute.spec.seed).model_dump(mode="json"),
         "space": space,
         "split": entry.split,
         "examples": entry.examples,

@@ -91,7 +91,7 @@ def measure_code(measure_module: str) -> str:
     """Digest of the sources that determine a measurement by the function defined in ``measure_module``."""
     core = ("analysis.core.objective", "analysis.core.space", "analysis.core.trained")
     # What hands the examples and the space to the measure counts too, but not all the measures it knows.
-    return source_digest({*closure([measure_module, *core]), "analysis.study.work"})
+    return source_digest({*closure([measure_module, *core]), "analysis.study.work", "analysis.frame"})
 
 
 def presentation_code() -> str:

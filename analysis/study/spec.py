@@ -101,6 +101,16 @@ class MeasureEntry(_Section):
         """The measure's settings with their defaults."""
         return MEASURES[self.measure].settings(**self.settings)
 
+    def settings_for(self, seed: int) -> BaseModel:
+        """The settings for an adapter trained with ``seed``: every training seed is measured along draws of its own.
+
+        Methods of one training seed share them. Were they the same for all seeds, intervals over seeds would leave out
+        the spread over draws.
+        """
+        settings = self.all_settings()
+        drawn = getattr(settings, "seed", None)
+        return settings if drawn is None else settings.model_copy(update={"seed": drawn + seed})
+
     def all_spaces(self) -> tuple[str, ...]:
         """The spaces asked for, in the measure's own order."""
         return tuple(s for s in MEASURES[self.measure].spaces if not self.spaces or s in self.spaces)

@@ -52,7 +52,7 @@ class Measuring:
         source = store.path(self.trained)
         objective = objective_for(self.spec.task, self.spec.model, self.entry)
         space, trained = _space(source, self.spec, self.space or "full")
-        result = MEASURES[self.entry.measure].run(objective, space, self.entry.all_settings(), trained)
+        result = MEASURES[self.entry.measure].run(objective, space, self.entry.settings_for(self.spec.seed), trained)
         frame = rows_frame(result.rows())
         frame.to_parquet(folder / ROWS, index=False)
         return {"examples": objective.digest}

@@ -116,7 +116,7 @@ class AuxiliaryPairs(nn.Module):
         """Register under ``model`` and put a variant into every layer.
 
         Raises:
-            UserError: the model has an auxiliary already, or a layer has a variant of its own (DoRA, …).
+            UserError: the model has an auxiliary already, or a layer has a bias or a variant of its own (DoRA, …).
         """
         if hasattr(model, MODULE_NAME):
             raise UserError("this model already carries auxiliary pairs: finish the other run first")
@@ -124,6 +124,8 @@ class AuxiliaryPairs(nn.Module):
             if layer.adapter in layer.module.lora_variant:
                 variant = type(layer.module.lora_variant[layer.adapter]).__name__
                 raise UserError(f"{name} uses {variant}, which cannot carry an auxiliary pair: use a plain LoraConfig")
+            if layer.module.lora_bias[layer.adapter]:
+                raise UserError(f"{name} has lora_bias=True, which an auxiliary pair does not carry: leave it out")
         model.add_module(MODULE_NAME, self)
         for layer, A, B, scale in zip(layers.values(), self.A, self.B, self.scales, strict=True):
             layer.module.lora_variant[layer.adapter] = AuxiliaryVariant(A, B, scale, self._switch, self._ascend)

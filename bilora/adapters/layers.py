@@ -80,6 +80,10 @@ def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
     for path, module in model.get_base_model().named_modules():
         if not isinstance(module, LoraLayer):
             continue
+        if adapter in module.lora_A and isinstance(module.lora_A, nn.ParameterDict):
+            raise UserError(
+                f"layer {path} is {type(module).__module__}'s own kind of LoRA: only LoraConfig is supported"
+            )
         convolution = adapter in module.lora_A and module.lora_A[adapter].weight.dim() != 2
         if convolution or adapter in module.lora_embedding_A:
             raise UserError(f"layer {path} is not linear, which is all that is supported: choose other target_modules")

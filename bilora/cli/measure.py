@@ -82,6 +82,8 @@ def measure(
     common = {"split": split, "examples": examples, "batch_size": batch_size}
     entries = _entries(_listed(what, "--what"), _listed(space, "--space") if space else [], common, assigned)
     found = find_subject(subject, model)
+    if output.resolve().parent == subject.resolve():
+        raise UserError(f"--output {output} lies among the files that are measured: choose a place outside {subject}")
     made_of = determinants(found, task, entries)
     frame = read_measured(output, made_of, force=force)
     if frame is None:

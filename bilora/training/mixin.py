@@ -1,6 +1,7 @@
 """Runs any :class:`~bilora.methods.Method` inside any ``transformers.Trainer``."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,16 +36,20 @@ class MethodMixin(_Trainer):
         method: a :class:`~bilora.methods.Method`, or the name of one to run with its defaults.
 
     Raises:
-        UserError: the method and the model do not fit, or the run would use DeepSpeed or ``nn.DataParallel``.
+        UserError: the method and the model do not fit, or the run would use DeepSpeed, FSDP or ``nn.DataParallel``.
     """
 
     def __init__(self, *args: Any, method: Method | str = "lora", **kwargs: Any) -> None:
         self.method = build_method(method) if isinstance(method, str) else method
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
-        if _averages_over_examples(self.model):
+        self._by_examples = _averages_over_examples(self.model)
+        if self._by_examples:
             # The Trainer would otherwise sum the micro-batches' mean losses instead of averaging them.
             self.model_accepts_loss_kwargs = False
+        self._examples_in_window = 0
+        self._share = 1.0
+        self._prepared = False
         self._window: list[MicroBatch] = []
         self._last: MicroBatch | None = None
         self._resumes_from: str | None = None
@@ -58,6 +63,7 @@ class MethodMixin(_Trainer):
         finally:
             self._window.clear()
             self._last = None
+            self._prepared = False
             self.method.finish()
 
     @property
@@ -69,6 +75,7 @@ class MethodMixin(_Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self.method.prepare(self.model, self.args.seed)
+        self._prepared = True
         if resume_from_checkpoint is not None:
             self._load_method(resume_from_checkpoint)
         # A wrapper or an optimizer of an earlier train() would not know parameters that the method has just added.
@@ -91,14 +98,40 @@ class MethodMixin(_Trainer):
 
     # -- one optimizer step ---------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As ``Trainer.get_batch_samples``."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._examples_in_window = sum(_examples(batch) for batch in batches)
+        return batches, items
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.compute_loss``; a training micro-batch counts by its share of the window's examples."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if self._share == 1.0:
+            return result
+        return (result[0] * self._share, result[1]) if isinstance(result, tuple) else result * self._share
+
+    @contextlib.contextmanager
+    def _weighted(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Weight the loss so that the Trainer's mean over micro-batches becomes the mean over examples."""
+        if self._by_examples and self._examples_in_window:
+            self._share = _examples(inputs) * self.current_gradient_accumulation_steps / self._examples_in_window
+        try:
+            yield
+        finally:
+            self._share = 1.0
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As ``Trainer.training_step``, at the weights the method puts in force."""
+        if not self._prepared:
+            # A method that was never bound to the model would silently be plain training.
+            raise RuntimeError("the Trainer did not prepare the method: this version of transformers is not supported")
         self._last = MicroBatch(dict(inputs), num_items_in_batch, RngState.now())
         if self.method.replays:
             self._window.append(self._last)
-        with self.method.perturbed(self.step):
+        with self.method.perturbed(self.step), self._weighted(inputs):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise UserError(
@@ -120,7 +153,8 @@ class MethodMixin(_Trainer):
             for i, micro in enumerate(self._window):
                 micro.rng.restore()
                 last = i == len(self._window) - 1
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
+                synchronising = contextlib.nullcontext() if last else self.accelerator.no_sync(model=model)
+                with synchronising, self._weighted(micro.inputs):
                     super().training_step(model, dict(micro.inputs), micro.items)
 
     def _loss_again(self, model: nn.Module) -> float:
@@ -178,8 +212,11 @@ class MethodMixin(_Trainer):
     def _refuse_unsupported(self) -> None:
         if self.is_deepspeed_enabled:
             raise UserError(
-                "DeepSpeed updates the weights inside backward(), where no method can act: "
-                "launch with DDP or FSDP instead"
+                "DeepSpeed updates the weights inside backward(), where no method can act: launch with DDP instead"
+            )
+        if self.is_fsdp_enabled:
+            raise UserError(
+                "under FSDP the norms of perturbations would be those of one shard: launch with DDP instead"
             )
         if self.args.n_gpu > 1:
             raise UserError(
@@ -223,6 +260,11 @@ def _frozen(parameters: list[nn.Parameter]) -> Any:
     finally:
         for p in parameters:
             p.requires_grad_(True)
+
+
+def _examples(inputs: dict[str, Any]) -> int:
+    """Number of examples in a batch."""
+    return len(inputs["labels"]) if "labels" in inputs else 0
 
 
 def _averages_over_examples(model: nn.Module) -> bool:

@@ -1,7 +1,9 @@
 """A training run as validated data: everything that determines its result."""
 
 import dataclasses
+import math
 import typing
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,8 +20,23 @@ MANAGED = {
     "resume_from_checkpoint": "a run continues from its last checkpoint by itself",
     "disable_tqdm": "choose by progress",
     "push_to_hub": "push the saved adapter yourself",
+    "save_only_model": "a checkpoint must hold all that a killed run needs",
 }
 """``TrainingArguments`` that a run sets itself, and what to do instead."""
+
+BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        ("at least 1", lambda value: value >= 1),
+    ),
+    **dict.fromkeys(("learning_rate", "num_train_epochs"), ("finite and above 0", lambda value: 0 < value < math.inf)),
+    **dict.fromkeys(
+        ("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio"),
+        ("finite and at least 0", lambda value: 0 <= value < math.inf),
+    ),
+    "max_steps": ("at least 1, or -1 to count epochs", lambda value: value >= 1 or value == -1),
+}
+"""Ranges that ``TrainingArguments`` does not check, or only once training has begun."""
 
 
 class TrainSpec(BaseModel):
@@ -75,11 +92,15 @@ def _checked_argument(key: str, value: Any) -> Any:
         hint = f"did you mean {' or '.join(near)}?" if near else "see transformers.TrainingArguments"
         raise UserError(f"unknown training argument {key!r}: {hint}")
     try:
-        return known[key].validate_python(value)
+        converted = known[key].validate_python(value)
     except ValidationError as error:
         if value is False:  # what YAML makes of `save_strategy: no`
             return _checked_argument(key, "no")
         raise UserError(f"training argument {key}={value!r} is not valid: {error.errors()[0]['msg']}") from error
+    words, within = BOUNDS.get(key, ("", lambda value: True))
+    if converted is not None and not within(converted):
+        raise UserError(f"training argument {key}={value!r} is out of range: it must be {words}")
+    return converted
 
 
 @cache

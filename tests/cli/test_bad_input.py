@@ -18,6 +18,13 @@ def csv_of(folder, header="text,label", rows=ROWS):
 
 
 CASES = {
+    "negative learning rate": (lambda d: ["--train", "learning_rate=-1"], "learning_rate=-1 is out of range"),
+    "no steps": (lambda d: ["--train", "max_steps=0"], "it must be at least 1, or -1 to count epochs"),
+    "no epochs": (lambda d: ["--train", "num_train_epochs=0"], "finite and above 0"),
+    "no batch": (lambda d: ["--train", "per_device_train_batch_size=0"], "it must be at least 1"),
+    "no accumulation": (lambda d: ["--train", "gradient_accumulation_steps=0"], "it must be at least 1"),
+    "negative decay": (lambda d: ["--train", "weight_decay=-0.1"], "finite and at least 0"),
+    "checkpoints without state": (lambda d: ["--train", "save_only_model=true"], "is set by the run"),
     "missing file": (lambda d: ["--data", f"{d}/nothing.csv"], "no data at"),
     "unknown built-in": (lambda d: ["--data", "rotten_potatoes"], "rotten_tomatoes"),
     "unknown format": (lambda d: ["--data", __file__], "no known format"),

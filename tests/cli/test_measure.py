@@ -107,3 +107,15 @@ def test_bad_input_is_one_line(case: str, folders: Path, here: Path, capsys: pyt
     subject = str(here if folder == "." else folders / folder)
     assert expected in refused([subject, *COMMON, "--output", "out.parquet", *options], capsys)
     assert not list(here.iterdir())
+
+
+def test_output_among_the_measured_files_is_refused(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        str(folders / "adapter"),
+        *COMMON,
+        "--model",
+        "minilm",
+        "--output",
+        str(folders / "adapter" / "rows.parquet"),
+    ]
+    assert "choose a place outside" in refused(arguments, capsys)

@@ -168,6 +168,22 @@ def test_differences_without_spread_decide_nothing(values):
     assert row["verdict"] == "undecided"
 
 
+@pytest.mark.parametrize("spoilt", ["unconverged", "negative", "none"])
+def test_an_eigenvalue_that_cannot_be_ordered_decides_nothing(spoilt):
+    where = {"measure": "spectrum", "index": 1, "kind": "", "space": "full"}
+    values = {"LoRA": [90.0, 91.0, 92.0], "Bi-LoRA": [10.0, 11.5, 12.0]}
+    if spoilt == "negative":
+        values["Bi-LoRA"][0] = -10.0
+    converged = {"LoRA": [1.0, 1.0, 1.0], "Bi-LoRA": [1.0, 1.0, 0.0 if spoilt == "unconverged" else 1.0]}
+    frame = pd.concat(
+        [rows(values, quantity="eigenvalue", **where), rows(converged, quantity="converged", **where)],
+        ignore_index=True,
+    )
+    table = paired_differences(frame, "LoRA")
+    (verdict,) = table.loc[table["quantity"] == "eigenvalue", "verdict"]
+    assert verdict == ("lower" if spoilt == "none" else "undecided")
+
+
 def test_one_seed_decides_nothing():
     row = paired_differences(rows({"LoRA": [1.0], "Bi-LoRA": [0.1]}), "LoRA").iloc[0]
     assert (row["n_seeds"], row["verdict"]) == (1, "undecided")

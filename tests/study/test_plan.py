@@ -54,6 +54,17 @@ def test_the_same_work_has_the_same_address(planned: Callable[..., Plan]) -> Non
     assert names(planned(spelled_out)) == plain
 
 
+def test_methods_share_their_draws_and_training_seeds_have_their_own(planned: Callable[..., Plan]) -> None:
+    seeds: dict[int, set[int]] = {}
+    for placement in planned({"seeds: [0]": "seeds: [0, 1]"}).placements:
+        settings = placement.cell.determinants["settings"]
+        if "seed" in settings:
+            seeds.setdefault(placement.seed, set()).add(settings["seed"])
+    assert len(seeds) > 1
+    assert all(len(drawn) == 1 for drawn in seeds.values())
+    assert len(set.union(*seeds.values())) == len(seeds)
+
+
 def test_labels_may_share_a_training(planned: Callable[..., Plan]) -> None:
     plan = planned({"{method: lora}": "{method: lora}\n  again: {method: lora}"})
     assert len(cells(plan, "training")) == 2

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from transformers import TrainerCallback
 
 from bilora import BiLora, Lora
 from bilora.adapters.auxiliary import MODULE_NAME
 from bilora.adapters.norms import squared_product_norm, squared_product_norms
+from bilora.errors import UserError
 from bilora.methods import Step
 from bilora.training import load_method
 from tests.training.tiny import factors, pad, ragged_data, tiny_bert, tiny_llama, with_lora
@@ -106,6 +107,14 @@ def test_the_auxiliary_is_seen_by_training_steps_alone():
     assert torch.equal(clone.eval()(**batch).logits, expected)
     merged = copy.deepcopy(model).eval().merge_and_unload()
     torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_bias_in_the_adapter_is_refused():
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], lora_bias=True, bias="none")
+    model = get_peft_model(tiny_bert(dtype=torch.float32), config)
+    with pytest.raises(UserError, match="lora_bias=True"):
+        BiLora().prepare(model, seed=0)
+    assert not hasattr(model, MODULE_NAME)
 
 
 def test_generation_and_evaluation_during_training(train):

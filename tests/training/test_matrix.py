@@ -34,6 +34,45 @@ def test_accumulation_is_exact(train, name):
 
 
 @each_method
+def test_accumulation_of_unequal_micro_batches_is_exact(train, name):
+    """Six examples as 6, and as 4 + 2 at the ragged end of an epoch: every example counts the same."""
+    results = []
+    for size, parts in ((6, 1), (4, 2)):
+        model = model_for(name)
+        data = ragged_data().select(range(6))
+        train(
+            model, build_method(name), data, per_device_train_batch_size=size, gradient_accumulation_steps=parts, **ADAM
+        )
+        results.append(factors(model))
+    for key, expected in results[0].items():
+        torch.testing.assert_close(results[1][key], expected, rtol=0, atol=1e-8)
+
+
+def test_methods_share_the_order_of_the_examples_and_the_head(train):
+    """Replays, probes and noise draw nothing from the generators that shuffle and that drop."""
+    seen = {}
+    for name in METHODS:
+        batches = seen[name] = []
+
+        class Watch(Trainer):
+            def compute_loss(self, model, inputs, *args, _batches=batches, **kwargs):
+                if torch.is_grad_enabled():
+                    _batches.append(inputs["input_ids"].tolist())
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+        class Mine(MethodMixin, Watch):
+            pass
+
+        model = model_for(name, dropout=0.2)
+        train(
+            model, build_method(name), ragged_data(copies=2), per_device_train_batch_size=4, max_steps=8, trainer=Mine
+        )
+    doubled = seen.pop("lora_sam")
+    assert doubled[::2] == doubled[1::2]
+    assert all(batches == doubled[::2] for batches in seen.values())
+
+
+@each_method
 def test_accumulation_is_exact_over_tokens(train, name):
     """A causal language model on ragged sentences: the loss is a mean over the window's tokens."""
     results = []
@@ -158,8 +197,11 @@ def test_data_parallel_and_deepspeed_are_refused(train):
     with pytest.raises(UserError, match="accelerate launch"):
         trainer._refuse_unsupported()
     trainer.args._n_gpu = 1
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(UserError, match="shard"):
+        trainer._refuse_unsupported()
     trainer.is_deepspeed_enabled = True
-    with pytest.raises(UserError, match="DDP or FSDP"):
+    with pytest.raises(UserError, match="launch with DDP"):
         trainer._refuse_unsupported()
 
 
