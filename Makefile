@@ -47,11 +47,12 @@ lint:
 unit:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
 
-figures: ## redraw figures/ from runs/demo/results.parquet
+figures: install ## redraw figures/ from runs/demo/results.parquet
 	$(BIN)/python figures/make.py
 
 benchmark: install ## step time and memory of every method over LoRA, as JSON lines
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/train_step.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/train_step.py > train_step.tmp
+	mv train_step.tmp benchmarks/train_step.jsonl && cat benchmarks/train_step.jsonl
 
 constraints: ## write constraints.txt from what is installed in .venv
 	$(PIP) freeze --exclude-editable | sed 's/+cpu//' | \

@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from bilora import METHODS, BiLoraTrainer, build_method
@@ -67,7 +67,9 @@ def trainer_for(name: str, options: argparse.Namespace, folder: str) -> BiLoraTr
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    return BiLoraTrainer(model=model, method=build_method(name), args=arguments, **task.trainer_arguments())
+    trainer = BiLoraTrainer(model=model, method=build_method(name), args=arguments, **task.trainer_arguments())
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def time_methods(names: list[str], options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -131,7 +133,14 @@ def main() -> None:
     for name in names:
         line: dict[str, Any] = {"model": "minilm", "method": name, **times[name]}
         line |= {"ratio_memory": memory[name] / memory["lora"], "memory_mb": memory[name]}
-        line |= {"bar_time": BARS.get(name), "batch": options.batch, "rounds": options.rounds, "device": device}
+        within = times[name]["ratio_time"] <= BARS[name] if name in BARS else None
+        line |= {
+            "bar_time": BARS.get(name),
+            "within_bar": within,
+            "batch": options.batch,
+            "rounds": options.rounds,
+            "device": device,
+        }
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
 
 

@@ -1,7 +1,7 @@
-"""Redraw the README's figures from the rows of the demo study: ``python figures/make.py``.
+"""Redraw the README's figures and table from the rows of the demo study: ``python figures/make.py``.
 
 Reads ``runs/demo/results.parquet`` (made by ``make demo``) and writes into this folder one small PNG per figure with
-its tidy CSV and a JSON of what made it. Nothing is measured here.
+its tidy CSV and a JSON of what made it, and ``table.md``, which also goes into the README. Nothing is measured here.
 """
 
 import argparse
@@ -13,9 +13,13 @@ import pandas as pd
 
 from analysis.plots import FIGURES, NothingToDraw
 from analysis.plots.save import frame_hash, save_figure
+from analysis.study.store import write_text
+from analysis.study.table import markdown_table
 from bilora.errors import UserError
 
 HERE = Path(__file__).parent
+TABLE = "table.md"
+BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 SHOWN = ("landscape", "random_induced", "adversarial", "eigenvalues", "overlap", "outside_share")
 
 
@@ -51,7 +55,16 @@ def make(results: Path, folder: Path) -> list[Path]:
         written += save_figure(family.draw(frame), family.name, folder, table, {**title, **made_by}, formats=("png",))
     if not written:
         raise UserError(f"{results} holds no rows of any figure: run `make demo` again")
-    return written
+    table = folder / TABLE
+    write_text(table, markdown_table(frame, str(frame["method"].iloc[0])))
+    return [*written, table]
+
+
+def fill_readme(readme: Path, table: str) -> None:
+    """Put ``table`` between the marks that the README keeps for it."""
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    write_text(readme, f"{before}{BEGIN}\n{table}{END}{after}")
 
 
 def main() -> int:
@@ -63,6 +76,8 @@ def main() -> int:
     try:
         for path in make(given.results, given.folder):
             print(path)
+        if given.folder == HERE:
+            fill_readme(HERE.parent / "README.md", (HERE / TABLE).read_text(encoding="utf-8"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

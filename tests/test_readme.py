@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import json
 import os
 import re
 import subprocess
@@ -38,3 +39,16 @@ def test_the_python_example_runs(tmp_path):
 def test_linked_files_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text()):
         assert (README.parent / target).exists(), target
+
+
+def test_the_table_is_the_one_that_was_made():
+    text = README.read_text()
+    assert (README.parent / "figures" / "table.md").read_text() in text
+
+
+def test_step_times_are_those_of_the_benchmark():
+    lines = (README.parent / "benchmarks" / "train_step.jsonl").read_text().splitlines()
+    measured = {line["method"]: line for line in map(json.loads, lines)}
+    for name in ("bilora", "flat_lora", "lora_sam"):
+        (row,) = [line for line in README.read_text().splitlines() if line.startswith(f"| `{name}` |")]
+        assert float(row.split("|")[4]) == round(measured[name]["ratio_time"], 2), name

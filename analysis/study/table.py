@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pandas as pd
 from rich.table import Table
@@ -26,16 +27,43 @@ def result_table(frame: pd.DataFrame, baseline: str, width: int = 120) -> Table:
     Of several radii the middle one is shown, of several eigenvalues the largest in magnitude. Where ``width`` columns
     are too few for all methods side by side, the half width stands below its mean.
     """
+    content = _content(frame, baseline)
+    table = Table(title=f"{frame['study'].iloc[0]}: {content.spread}", caption=content.caption)
+    table.add_column("quantity", min_width=24)
+    separator = " " if 45 + 19 * len(content.methods) <= width else "\n"
+    for method in content.methods:
+        table.add_column(method, justify="right", no_wrap=True)
+    for title, cells in content.lines:
+        table.add_row(title, *(cell.replace(" ", separator, 1) for cell in cells))
+    return table
+
+
+def markdown_table(frame: pd.DataFrame, baseline: str) -> str:
+    """:func:`result_table` in Markdown."""
+    content = _content(frame, baseline)
+    rows = [[content.spread, *content.methods], ["---"] * (1 + len(content.methods))]
+    rows += [[title, *cells] for title, cells in content.lines]
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    if content.caption:
+        text += f"\n{content.caption}\n"
+    return text.replace("*", r"\*")
+
+
+@dataclass(frozen=True)
+class _Content:
+    methods: list[str]
+    spread: str
+    lines: list[tuple[str, list[str]]]
+    caption: str | None
+
+
+def _content(frame: pd.DataFrame, baseline: str) -> _Content:
     summary = _whole_space(summarize(frame))
     methods = list(dict.fromkeys(frame["method"]))
     seeds = frame["seed"].nunique()
     decided = _decided(frame, baseline) if len(methods) > 1 and seeds > 1 else set()
     spread = "mean ± half width of the 95 % interval" if seeds > 1 else "one seed, no interval"
-    table = Table(title=f"{frame['study'].iloc[0]}: {spread} over {seeds} seed{'s' * (seeds > 1)}")
-    table.add_column("quantity", min_width=24)
-    separator = " " if 45 + 19 * len(methods) <= width else "\n"
-    for method in methods:
-        table.add_column(method, justify="right", no_wrap=True)
+    shown = []
     for key, lines in _shown(summary):
         values = {
             m: (mean, half) for m, mean, half in zip(lines["method"], lines["mean"], lines["half_width"], strict=True)
@@ -43,13 +71,10 @@ def result_table(frame: pd.DataFrame, baseline: str, width: int = 120) -> Table:
         cells = []
         for method in methods:
             star = "*" if (method, *key) in decided else ""
-            cells.append(_interval(*values[method]).replace(" ", separator, 1) + star if method in values else "")
-        table.add_row(_title(key), *cells)
-    if decided:
-        table.caption = (
-            f"* differs from {baseline}: paired by seed, 5 %, Holm-corrected over methods (not over the lines)"
-        )
-    return table
+            cells.append(_interval(*values[method]) + star if method in values else "")
+        shown.append((_title(key), cells))
+    caption = f"* differs from {baseline}: paired by seed, 5 %, Holm-corrected over methods (not over the lines)"
+    return _Content(methods, f"{spread} over {seeds} seed{'s' * (seeds > 1)}", shown, caption if decided else None)
 
 
 def rows_table(frame: pd.DataFrame) -> Table:
