@@ -1,6 +1,6 @@
 """Time and memory of an optimizer step of each method over plain LoRA, as JSON lines.
 
-    python benchmarks/train_step.py [--methods lora,bilora,…] [--rounds 5] [--steps 12] [--batch 32]
+    python benchmarks/train_step.py [--methods lora,bilora,…] [--rounds 3] [--steps 10] [--batch 32]
 
 Every method trains its own copy of the real MiniLM on the same Rotten Tomatoes batches through the real Trainer. Rounds
 are interleaved (lora, bilora, …, lora, bilora, …), so that a machine that slows down slows all of them; a round's ratio
@@ -114,8 +114,8 @@ def print_memory(name: str, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="lora,bilora,flat_lora,lora_sam", help="comma-separated registry names")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12, help="timed steps a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps a round")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
