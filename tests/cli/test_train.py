@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -266,7 +267,9 @@ def environment():
 def test_killed_process_continues_to_the_same_adapter(trained, tmp_path, how):
     folder = tmp_path / "run"
     arguments = [sys.executable, "-m", "bilora", *command(folder)]
-    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore SIGINT, and what they start inherits that.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")) and process.poll() is None:
         assert time.monotonic() < deadline
