@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.core.measure import Measure
+from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
@@ -39,7 +39,13 @@ class QualitySettings(MeasureSettings):
     """The measure ``quality`` has no settings."""
 
 
-def _run(objective: Objective, space: WeightSpace, settings: QualitySettings, trained: Trained | None) -> Quality:
+def _run(
+    objective: Objective,
+    space: WeightSpace,
+    settings: QualitySettings,
+    trained: Trained | None,
+    watch: Watch | None = None,
+) -> Quality:
     return quality(objective, space)
 
 

@@ -1,7 +1,10 @@
 """The measures, found by name. A new one is a file with a ``MEASURE`` and a line here."""
 
 from analysis.core.measure import Measure
+from analysis.curvature.density import MEASURE as DENSITY
 from analysis.curvature.eigen import MEASURE as SPECTRUM
+from analysis.curvature.layers import MEASURE as LAYERS
+from analysis.curvature.trace import MEASURE as TRACE
 from analysis.landscape.lines import MEASURE as LANDSCAPE
 from analysis.quality import MEASURE as QUALITY
 from analysis.sharpness.adversarial import MEASURE as ADVERSARIAL
@@ -10,7 +13,8 @@ from analysis.subspace.measure import MEASURE as SUBSPACE
 from bilora.errors import UserError
 
 MEASURES: dict[str, Measure] = {
-    measure.name: measure for measure in (QUALITY, RANDOM, ADVERSARIAL, SPECTRUM, LANDSCAPE, SUBSPACE)
+    measure.name: measure
+    for measure in (QUALITY, RANDOM, ADVERSARIAL, SPECTRUM, TRACE, DENSITY, LAYERS, LANDSCAPE, SUBSPACE)
 }
 
 

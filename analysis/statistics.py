@@ -21,6 +21,12 @@ KEYS = ["measure", "space", "quantity", "kind", "split", "layer", "radius", "ind
 DIRECTIONS = frozenset({("random", "loss_rise"), ("landscape", "loss")})
 """``(measure, quantity)`` pairs whose ``index`` counts random directions: they are averaged within a seed."""
 
+BOOKKEEPING = frozenset({("spectrum", "products"), ("trace", "products"), ("density", "products"), ("density", "runs")})
+"""``(measure, quantity)`` pairs that say what a number cost."""
+
+CURVES = frozenset({("density", "density")})
+"""``(measure, quantity)`` pairs that are points of one curve: methods are not compared point by point."""
+
 LOWER, HIGHER, UNDECIDED = "lower", "higher", "undecided"
 
 _REQUIRED = ["method", "seed", *KEYS, "value"]
@@ -108,7 +114,8 @@ def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0
     methods = list(dict.fromkeys(frame["method"]))
     if baseline not in methods:
         raise UserError(f"baseline {baseline!r} is not among the methods measured: name one of {', '.join(methods)}")
-    pairs = _pairs(frame, baseline)
+    names = zip(frame["measure"], frame["quantity"], strict=True)
+    pairs = _pairs(frame[[name not in CURVES | BOOKKEEPING for name in names]], baseline)
     keys = ["method", *KEYS]
     table = (
         pairs.groupby(keys, dropna=False, sort=False)

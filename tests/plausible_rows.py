@@ -20,7 +20,7 @@ COLUMNS = {
 
 def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int = 5) -> pd.DataFrame:
     """Every measure of every method and seed; full fine-tuning has no LoRA space."""
-    rng = np.random.default_rng(0)
+    rng, rng_curvature = np.random.default_rng(0), np.random.default_rng(1)
     rows: list[dict[str, object]] = []
     for method in methods:
         for seed in range(seeds):
@@ -31,7 +31,10 @@ def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int
                 measured += _sharpness(rng, space, scale, directions)
                 measured += _spectrum(rng, space, scale)
                 measured += _landscape(rng, space, scale, directions)
+                measured += _density(rng_curvature, space, scale)
             measured += _subspace(rng, method)
+            if method != "Full FT":
+                measured += _layers(rng_curvature, scale)
             rows += [{**COLUMNS, "method": method, "seed": seed, **row} for row in measured]
     return pd.DataFrame(rows)
 
@@ -77,6 +80,34 @@ def _spectrum(rng, space, scale):
         common = {"measure": "spectrum", "space": space, "split": "train"}
         yield {**common, "quantity": "eigenvalue", "index": rank, "value": size, "residual": residual}
     yield {"measure": "spectrum", "space": space, "split": "train", "quantity": "products", "value": 24}
+
+
+def _density(rng, space, scale):
+    """A bulk at 0 and six single eigenvalues of ten thousand."""
+    size, stretch = 10_000, scale * (2.0 if space == "lora" else 1.0)
+    alone = stretch * np.array([9.0, 5.0, 3.2, 1.9, -0.8, -2.5]) * (1 + 0.1 * rng.standard_normal(6))
+    centres, weights = np.append(alone, 0.0), np.append(np.full(6, 1 / size), 1 - 6 / size)
+    widths = np.append(0.25 * abs(alone), 0.05 * stretch)
+    at = 0.05 * np.sinh(np.linspace(-6, 7, 61))
+    bells = np.exp(-0.5 * ((at[:, None] - centres) / widths) ** 2) / (widths * np.sqrt(2 * np.pi))
+    common = {"measure": "density", "space": space, "split": "train"}
+    for index, (radius, value) in enumerate(zip(at, bells @ weights, strict=True)):
+        error = 0.3 * value
+        place = {"radius": radius, "index": index}
+        yield {**common, **place, "quantity": "density", "value": value, "standard_error": error}
+    yield {**common, "quantity": "trace", "value": size * float(centres @ weights), "standard_error": 0.5}
+    yield {**common, "quantity": "runs", "value": 8}
+
+
+def _layers(rng, scale):
+    common = {"measure": "layers", "space": "lora", "split": "train"}
+    for depth, layer in enumerate(LAYERS):
+        value = 2.0 * scale * np.exp(rng.standard_normal() - 0.1 * depth)
+        of_layer = {**common, "layer": layer}
+        residual = 10 ** rng.uniform(-5, -3)
+        yield {**of_layer, "quantity": "eigenvalue", "index": 1, "value": value, "residual": residual}
+        yield {**of_layer, "quantity": "converged", "index": 1, "value": 1.0}
+        yield {**of_layer, "quantity": "trace", "value": 30 * value, "standard_error": 0.5 * value}
 
 
 def _landscape(rng, space, scale, directions):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pydantic
 
@@ -10,6 +10,35 @@ from analysis.core.objective import Objective
 from analysis.core.result import Result
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
+
+Watch = Callable[[int, int, str], None]
+"""Progress of long work: ``watch(done, most, note)``, for example ``(12, 100, "residual 3e-3")``."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """``KeyboardInterrupt`` of a measure that had found something by then.
+
+    Attributes:
+        result: what it had found; its rows say what has converged.
+    """
+
+    def __init__(self, result: Result) -> None:
+        super().__init__("interrupted")
+        self.result = result
+
+
+class Run(Protocol):
+    """``trained`` gives auxiliary factors to measures that use them; ``watch`` is told of progress."""
+
+    def __call__(
+        self,
+        objective: Objective,
+        space: WeightSpace,
+        settings: Any,
+        trained: Trained | None,
+        watch: Watch | None = None,
+        /,
+    ) -> Result: ...
 
 
 @dataclass(frozen=True)
@@ -24,5 +53,5 @@ class Measure:
     """Names of the spaces it is defined in; ``("",)`` when it has none."""
     settings: type[pydantic.BaseModel]
     """Settings with defaults: frozen, unknown keys refused, bounds checked."""
-    run: Callable[[Objective, WeightSpace, Any, Trained | None], Result]
-    """``run(objective, space, settings, trained)``; ``trained`` gives auxiliary factors to measures that use them."""
+    run: Run
+    """What measures."""

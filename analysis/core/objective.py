@@ -125,12 +125,17 @@ class Objective:
         """
         total = Sum(space)
         for index, weight in enumerate(self.weights):
-            loss = self.batch_loss(space, index)
-            parts = torch.autograd.grad(
-                loss, list(space.parameters.values()), allow_unused=True, materialize_grads=True
-            )
-            total.add(parts, weight / self.weight)
+            total.add(self.batch_gradient(space, index), weight / self.weight)
         return total.vector("the gradient")
+
+    def batch_gradient(self, space: WeightSpace, index: int) -> tuple[Tensor, ...]:
+        """Gradient of the mean loss of batch ``index``: one tensor per parameter, in order.
+
+        Raises:
+            UserError: as :meth:`gradient`.
+        """
+        loss = self.batch_loss(space, index)
+        return torch.autograd.grad(loss, list(space.parameters.values()), allow_unused=True, materialize_grads=True)
 
     def hvp(self, space: WeightSpace, vector: Vector) -> Vector:
         """∇²L·vector by reverse-over-reverse differentiation, batch by batch; entries not named count as zero.
@@ -170,12 +175,28 @@ class Objective:
         Raises:
             UserError: it is not finite, or depends on no parameter of the space.
         """
-        loss = _loss_of(space.model(**_to_device(self.batches[index], space)))
+        return self.batch_output(space, index)[0]
+
+    def batch_output(self, space: WeightSpace, index: int) -> tuple[Tensor, Tensor | None]:
+        """The mean loss of batch ``index``, to be differentiated, and the logits it is computed from, if there are any.
+
+        Raises:
+            UserError: the loss is no single number, is not finite, or depends on no parameter of the space.
+        """
+        output = space.model(**_to_device(self.batches[index], space))
+        loss = _loss_of(output)
+        if loss.numel() != 1:
+            raise UserError(f"the model's loss has shape {tuple(loss.shape)}: it must be one number, the batch's mean")
         if not loss.requires_grad:
             raise UserError(f"the loss does not depend on the {space.name} weights: choose others")
         if not bool(loss.isfinite()):
             raise UserError(f"the loss on the {self.name} examples is {loss.item()}: derivatives need a finite one")
-        return loss
+        return loss, _logits_of(output)
+
+    @torch.no_grad()
+    def batch_value(self, space: WeightSpace, index: int) -> float:
+        """The mean loss of batch ``index``. NaN or infinite where the model's loss is."""
+        return float(_loss_of(space.model(**_to_device(self.batches[index], space))).double().mean())
 
     def _terms(self, batch: Mapping[str, Tensor]) -> int:
         """How many numbers the loss of ``batch`` is the mean of."""
@@ -191,8 +212,8 @@ class Objective:
 
     def _correct(self, output: Any, batch: Mapping[str, Tensor]) -> int | None:
         labels = _labels(batch)
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        if labels is None or labels.is_floating_point() or not isinstance(logits, Tensor):
+        logits = _logits_of(output)
+        if labels is None or labels.is_floating_point() or logits is None:
             return None
         if logits.dim() != labels.dim() + 1 or logits.shape[-1] < 2:
             return None
@@ -264,6 +285,11 @@ def _loss_of(output: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise UserError("the model returns no loss: its batches need labels, and its forward must return .loss")
     return loss
+
+
+def _logits_of(output: Any) -> Tensor | None:
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
 
 
 def _digest(batches: Sequence[Mapping[str, Tensor]]) -> str:

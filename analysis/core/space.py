@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,6 +42,8 @@ class WeightSpace:
         self.model = model
         self.parameters = parameters
         self.factors = factors
+        if not parameters:
+            raise UserError(f"the {name} space has no parameters: choose weights that the model has")
         for parameter in parameters.values():
             parameter.requires_grad_(True)
 
@@ -155,6 +157,25 @@ class WeightSpace:
                 )
             moved[name] = vector[name].detach().to(parameter)
         return moved
+
+    def restricted(self, name: str, parameters: Iterable[str]) -> "WeightSpace":
+        """The space of some of these parameters, on the same model.
+
+        Raises:
+            UserError: no parameter is named.
+            KeyError: one that this space does not have.
+        """
+        chosen = {key: self.parameters[key] for key in parameters}
+        return WeightSpace(name, self.model, chosen, {})
+
+    def flat(self, vector: Vector) -> Tensor:
+        """``vector``, which must name every parameter, as one row of :attr:`size` entries in the parameters' order."""
+        return torch.cat([vector[name].reshape(-1) for name in self.parameters])
+
+    def named_vector(self, flat: Tensor) -> Vector:
+        """The inverse of :meth:`flat`, without a copy."""
+        parts = flat.split([p.numel() for p in self.parameters.values()])
+        return {name: part.view(p.shape) for (name, p), part in zip(self.parameters.items(), parts, strict=True)}
 
     @contextmanager
     def perturbed(self, direction: Vector, scale: float = 1.0) -> Iterator[None]:

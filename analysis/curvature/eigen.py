@@ -1,6 +1,6 @@
 """The largest Hessian eigenvalues, each with its true residual."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,21 +10,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.core.measure import Measure
+from analysis.core.measure import Interrupted, Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
-from analysis.core.vectors import Vector, added, dot, norm, scaled
-from analysis.curvature.lanczos import Coefficients, Which, lanczos, rounding_floor, wanted
-from analysis.curvature.operator import HessianOperator
-from analysis.curvature.power import pyhessian_eigenpairs
+from analysis.core.vectors import Vector, tensor_dot
+from analysis.curvature.basis import Coefficients
+from analysis.curvature.differences import Differences
+from analysis.curvature.factory import Curvature, curvature_operator
+from analysis.curvature.graphs import Graphs
+from analysis.curvature.lanczos import Ritz, Which, lanczos, rounding_floor, wanted
+from analysis.curvature.operator import CurvatureOperator
+from analysis.curvature.pyhessian_solver import pyhessian_eigenpairs
+from analysis.curvature.scipy_solver import eigsh_vectors
 from analysis.settings import MeasureSettings
 from bilora.errors import UserError
 from bilora.seeds import generator_for
 
-GRAPH_BUDGET = 2 << 30
-"""Bytes of retained graphs with ``retain="auto"``."""
+Backend = Literal["lanczos", "pyhessian", "scipy"]
+Start = Literal["gradient", "random"]
+
+BASIS_BUDGET = 4 << 30
+"""Bytes that Lanczos vectors and their products take at most, unless k needs more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,20 +40,20 @@ class Spectrum:
     """Eigenvalues of the Hessian of the mean loss in one space, the most wanted first."""
 
     values: Coefficients  # (k,)
-    residuals: Coefficients  # (k,) ‖H·v − λ·v‖/|λ|, from a product with the final vector
+    residuals: Coefficients  # (k,) ‖H·v − λ·v‖/|λ|, from products
     converged: NDArray[np.bool_]  # (k,) residual ≤ tolerance, or ‖H·v − λ·v‖ at the rounding of the products
-    products: int  # Hessian–vector products, those of the residuals included
+    products: int  # operator–vector products, those of the residuals included
     space: str
     split: str
     backend: str
     which: str
+    label: str = ""  # what the operator is, where it is not the exact Hessian
     vectors: tuple[Vector, ...] = ()  # k unit vectors, if asked for
 
     def rows(self) -> list[dict[str, Any]]:
         """``eigenvalue`` with its residual and ``converged`` (1 or 0) for each rank from 1, and ``products``."""
-        common: dict[str, Any] = {"space": self.space, "split": self.split}
-        if self.which != "magnitude":
-            common["kind"] = self.which
+        kind = " ".join(word for word in (self.label, "" if self.which == "magnitude" else self.which) if word)
+        common: dict[str, Any] = {"space": self.space, "split": self.split, "kind": kind}
         rows = []
         for i, value in enumerate(self.values):
             rows.append(row("spectrum", "eigenvalue", value, index=i + 1, residual=float(self.residuals[i]), **common))
@@ -62,133 +70,194 @@ def top_eigenvalues(
     max_products: int = 100,
     which: Which = "magnitude",
     seed: int = 0,
-    start: Literal["gradient", "random"] = "gradient",
-    backend: Literal["lanczos", "pyhessian"] = "lanczos",
-    retain: bool | Literal["auto"] = "auto",
+    start: Start | Sequence[Vector] = "gradient",
+    block: int = 1,
+    max_basis: int | None = None,
+    curvature: Curvature = "hessian",
+    backend: Backend = "lanczos",
+    graphs: Graphs = "auto",
+    autocast: torch.dtype | None = None,
+    differences: Differences | None = None,
     vectors: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
 ) -> Spectrum:
     """The top ``k`` eigenvalues of ∇²L at the space's weights, by Lanczos with full reorthogonalisation.
 
-    Iterates until the residual estimate of every wanted pair is ≤ ``tolerance·|λ|``, then measures the residuals with
-    one more product each. The error of an eigenvalue is at most its residual norm, and about its square over the
-    gap to the next eigenvalue. An eigenvalue of multiplicity above one may be listed once: a Krylov space meets each
-    eigenspace in one direction.
+    Iterates until the residual of every wanted pair is ≤ ``tolerance·|λ|``. The error of an eigenvalue is at most its
+    residual norm, and about its square over the gap to the next eigenvalue. An eigenvalue of multiplicity above
+    ``block`` may be listed ``block`` times: a Krylov space meets each eigenspace in so many directions.
 
     Args:
         objective: the mean loss.
         space: where, and with respect to which weights.
         k: how many.
         tolerance: relative residual ‖Hv − λv‖/|λ| at which a pair counts as converged.
-        max_products: Hessian–vector products at most, those for residuals included.
-        which: largest magnitude, largest, or smallest (most negative).
+        max_products: operator–vector products at most.
+        which: largest magnitude, largest, smallest (most negative), or both ends in turn.
         seed: of the random start or restarts.
-        start: first Lanczos vector; the gradient saves products and costs one gradient.
-        backend: ``"pyhessian"`` runs PyHessian's power iteration on the same objective instead (``which="magnitude"``
-            alone; ``tolerance`` is then the change of the eigenvalue between two of its iterations, ``max_products``
-            the iterations for each pair, and no graph is retained). The residuals are ours in any case.
-        retain: keep the gradient's graphs between products; ``"auto"`` keeps as many as fit into 2 GiB.
+        start: first Lanczos vector. The gradient saves products and costs one gradient at most. Eigenvectors of a
+            nearby point (another adapter of the same base model: ``Spectrum.vectors``) save more; their sum is used.
+        block: Lanczos vectors a step; above 1 finds multiple eigenvalues, for more products.
+        max_basis: Lanczos vectors kept before a restart, each with its product. Default: all, up to 4 GiB.
+        curvature: ``"hessian"``, or ``"ggn"`` for the generalised Gauss–Newton matrix.
+        backend: a second opinion on the same operator or objective. ``"pyhessian"`` runs PyHessian's power iteration
+            (``which="magnitude"`` of the Hessian alone; ``tolerance`` is then the change of the eigenvalue between two
+            of its iterations and ``max_products`` the iterations for each pair); ``"scipy"`` runs ARPACK. The residuals
+            are ours in any case.
+        graphs: keep the gradient's graphs between products, rebuild them, or keep as many as fit into 2 GiB.
+        autocast: dtype in which the model runs, with the float32 weights as masters.
+        differences: ``"central"`` or ``"one-sided"`` differences of the gradient instead of exact products, for a quick
+            look: residuals stay near 1e-2. They are taken from exact products, one a pair.
         vectors: return the eigenvectors as well: ``k`` times the memory of the weights.
-        progress: called with (products so far, ``max_products``) after each product.
+        watch: told of (products so far, ``max_products``, the worst residual).
 
     Returns:
         A :class:`Spectrum`. Pairs that did not reach the tolerance are in it, with ``converged`` false.
 
     Raises:
         UserError: a setting out of range, or a loss that is not finite or does not depend on the space.
+        Interrupted: ``KeyboardInterrupt`` after the first product; its ``result`` is the spectrum so far.
     """
-    _check(space, k, tolerance, max_products, which, start, backend)
-    budget = GRAPH_BUDGET if retain == "auto" else None
-    keep = retain is not False and backend == "lanczos"
-    with HessianOperator(objective, space, retain=keep, budget=budget) as operator:
-
-        def multiply(vector: Vector) -> Vector:
-            product = operator(vector)
-            if progress is not None:
-                progress(operator.products, max_products)
-            return product
-
-        values: Sequence[float | None]
-        if backend == "pyhessian":
-            values, candidates, products = pyhessian_eigenpairs(objective, space, k, tolerance, max_products, seed)
-        else:
+    _check(space, k, tolerance, max_products, which, backend, start, block, max_basis, curvature, differences)
+    with curvature_operator(
+        objective, space, curvature, graphs=graphs, autocast=autocast, differences=differences
+    ) as operator:
+        if backend == "lanczos":
             generator = generator_for("lanczos", seed)
             ritz = lanczos(
-                lambda flat: _flat(multiply(_named(flat, space)), space),
-                _start(objective, space, start, generator),
+                operator,
+                _start(operator, start, block, generator),
                 k,
                 which=which,
                 tolerance=tolerance,
-                max_steps=max_products - k,
+                max_products=max_products,
+                max_basis=max_basis or _default_basis(operator, k, block, max_products),
                 generator=generator,
+                watch=watch,
             )
-            values, products = [None] * k, 0
-            candidates = [_named(ritz.basis.combination(ritz.coefficients[:, i]), space) for i in range(k)]
-        pairs = [_verified(multiply, v, value) for v, value in zip(candidates, values, strict=True)]
-        products += operator.products
-    found = np.array([value for value, _, _ in pairs])
-    order = wanted(found, which)
-    found = found[order]
-    errors = np.array([error for _, error, _ in pairs])[order]
+            found = _of_ritz(ritz, vectors=vectors or differences is not None)
+            if differences is not None and not ritz.interrupted:
+                found = _exact(objective, space, found)
+            products, interrupted = operator.products + found.products, ritz.interrupted
+        elif backend == "scipy":
+            candidates = eigsh_vectors(operator, k, which, tolerance, max_products, seed, watch)
+            found = _rayleigh(operator, candidates)
+            products, interrupted = operator.products, False
+        else:
+            theirs, named, made = pyhessian_eigenpairs(objective, space, k, tolerance, max_products, seed)
+            found = _rayleigh(operator, [space.flat(v) for v in named], theirs)
+            products, interrupted = operator.products + made, False
+        label = operator.label
+    order = wanted(found.values, which)
+    values, errors = found.values[order], found.errors[order]
     with np.errstate(divide="ignore", invalid="ignore"):
-        residuals = np.where(errors == 0, 0.0, errors / np.abs(found))
-    floor = rounding_floor(found, next(iter(space.parameters.values())).dtype)
-    return Spectrum(
-        values=found,
+        residuals = np.where(errors == 0, 0.0, errors / np.abs(values))
+    spectrum = Spectrum(
+        values=values,
         residuals=residuals,
-        converged=(residuals <= tolerance) | (errors <= floor),
+        converged=(residuals <= tolerance) | (errors <= rounding_floor(values, operator.dtype)),
         products=products,
         space=space.name,
         split=objective.name,
         backend=backend,
         which=which,
-        vectors=tuple(pairs[i][2] for i in order) if vectors else (),
+        label=label,
+        vectors=tuple(space.named_vector(found.vectors[i]) for i in order) if vectors else (),
     )
+    if interrupted:
+        raise Interrupted(spectrum)
+    return spectrum
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    values: Coefficients
+    errors: Coefficients
+    vectors: list[Tensor]  # of length 1, in the weights' dtype
+    products: int = 0  # made besides the operator's
+
+
+def _of_ritz(ritz: Ritz, *, vectors: bool) -> _Pairs:
+    dtype = ritz.basis.row(0).dtype
+    found = [ritz.vector(i).to(dtype) for i in range(len(ritz.values))] if vectors else []
+    return _Pairs(ritz.values, ritz.errors, found)
+
+
+def _exact(objective: Objective, space: WeightSpace, found: _Pairs) -> _Pairs:
+    """Approximate pairs with the errors that exact products show; the values stay what the differences gave."""
+    with curvature_operator(objective, space, graphs="rebuild") as exact:
+        errors = _rayleigh(exact, found.vectors, list(found.values)).errors
+        return _Pairs(found.values, errors, found.vectors, exact.products)
+
+
+def _rayleigh(operator: CurvatureOperator, vectors: Sequence[Tensor], values: Sequence[float] | None = None) -> _Pairs:
+    """Unit vectors with their Rayleigh quotients, unless ``values`` are given, and errors."""
+    found, errors, units = [], [], []
+    for i, vector in enumerate(vectors):
+        unit = vector.double() / tensor_dot(vector, vector) ** 0.5
+        product = operator.matmat(unit.to(operator.dtype).unsqueeze(0))[0].double()
+        value = tensor_dot(unit, product) if values is None else float(values[i])
+        rest = product - value * unit
+        found.append(value)
+        errors.append(tensor_dot(rest, rest) ** 0.5)
+        units.append(unit.to(operator.dtype))
+    return _Pairs(np.array(found), np.array(errors), units)
+
+
+def _start(
+    operator: CurvatureOperator, start: Start | Sequence[Vector], block: int, generator: torch.Generator
+) -> Tensor:
+    rows = torch.randn(block, operator.size, generator=generator).to(operator.device, operator.dtype)
+    if start == "gradient":
+        gradient = operator.gradient()
+        if bool(gradient.any()):
+            rows[0] = gradient
+    elif not isinstance(start, str):
+        space = operator.space
+        flat = [space.flat(space.aligned(vector)).double() for vector in start]
+        rows[0] = torch.stack([vector / tensor_dot(vector, vector) ** 0.5 for vector in flat]).sum(0)
+    return rows
+
+
+def _default_basis(operator: CurvatureOperator, k: int, block: int, max_products: int) -> int:
+    itemsize = torch.finfo(operator.dtype).bits // 8
+    affordable = BASIS_BUDGET // (2 * operator.size * itemsize)
+    return max(2 * k + 3 * block, min(max_products, affordable))
 
 
 def _check(
-    space: WeightSpace, k: int, tolerance: float, max_products: int, which: str, start: str, backend: str
+    space: WeightSpace,
+    k: int,
+    tolerance: float,
+    max_products: int,
+    which: str,
+    backend: str,
+    start: Start | Sequence[Vector],
+    block: int,
+    max_basis: int | None,
+    curvature: str,
+    differences: str | None,
 ) -> None:
-    if which not in ("magnitude", "largest", "smallest"):
-        raise UserError(f"which is {which!r}: choose magnitude, largest or smallest")
-    if start not in ("gradient", "random"):
-        raise UserError(f"start is {start!r}: choose gradient or random")
-    if backend not in ("lanczos", "pyhessian"):
-        raise UserError(f"backend is {backend!r}: choose lanczos or pyhessian")
-    if backend == "pyhessian" and which != "magnitude":
-        raise UserError("PyHessian finds eigenvalues of largest magnitude alone: use backend='lanczos'")
+    if which not in ("magnitude", "largest", "smallest", "both"):
+        raise UserError(f"which is {which!r}: choose magnitude, largest, smallest or both")
+    if isinstance(start, str) and start not in ("gradient", "random"):
+        raise UserError(f"start is {start!r}: choose gradient or random, or give vectors")
+    if len(start) == 0:
+        raise UserError("start holds no vector: choose gradient or random, or give eigenvectors of a nearby point")
+    if backend not in ("lanczos", "pyhessian", "scipy"):
+        raise UserError(f"backend is {backend!r}: choose lanczos, pyhessian or scipy")
+    if backend == "pyhessian" and (which != "magnitude" or curvature != "hessian" or differences):
+        raise UserError("PyHessian finds Hessian eigenvalues of largest magnitude alone: use backend='lanczos'")
     if not 1 <= k <= space.size:
         raise UserError(f"k is {k}: choose from 1 to {space.size}, the size of the {space.name} space")
     if not 0 < tolerance < 1:
         raise UserError(f"tolerance is {tolerance}: choose a relative residual between 0 and 1")
-    if max_products < 2 * k:
-        raise UserError(f"max_products is {max_products}: {k} pairs need at least {2 * k}")
-
-
-def _start(objective: Objective, space: WeightSpace, start: str, generator: torch.Generator) -> Tensor:
-    if start == "gradient":
-        gradient = _flat(objective.gradient(space), space)
-        if bool(gradient.any()):
-            return gradient
-    random = torch.randn(space.size, generator=generator)
-    return random.to(next(iter(space.parameters.values())))
-
-
-def _verified(multiply: Callable[[Vector], Vector], vector: Vector, value: float | None) -> tuple[float, float, Vector]:
-    """(eigenvalue, ‖H·v − λ·v‖, unit v); the eigenvalue is the Rayleigh quotient unless a ``value`` is given."""
-    unit = scaled(vector, 1 / norm(vector))
-    product = multiply(unit)
-    eigenvalue = dot(unit, product) if value is None else value
-    return eigenvalue, norm(added(product, unit, -eigenvalue)), unit
-
-
-def _flat(vector: Vector, space: WeightSpace) -> Tensor:
-    return torch.cat([vector[name].reshape(-1) for name in space.parameters])
-
-
-def _named(flat: Tensor, space: WeightSpace) -> Vector:
-    parts = flat.split([p.numel() for p in space.parameters.values()])
-    return {name: part.view_as(p) for (name, p), part in zip(space.parameters.items(), parts, strict=True)}
+    if max_products < k:
+        raise UserError(f"max_products is {max_products}: {k} pairs need at least {k}")
+    if not 1 <= block <= space.size:
+        raise UserError(f"block is {block}: choose from 1 to {space.size}, the size of the {space.name} space")
+    if max_basis is not None and max_basis < k + 2 * block + 1:
+        raise UserError(f"max_basis is {max_basis}: {k} pairs in blocks of {block} need at least {k + 2 * block + 1}")
 
 
 class SpectrumSettings(MeasureSettings):
@@ -196,29 +265,29 @@ class SpectrumSettings(MeasureSettings):
 
     k: int = pydantic.Field(default=5, ge=1, le=1000, description="number of eigenvalues")
     tolerance: float = pydantic.Field(default=1e-2, gt=0, lt=1, description="relative residual of a converged pair")
-    max_products: int = pydantic.Field(default=100, ge=2, description="Hessian–vector products at most")
+    max_products: int = pydantic.Field(default=100, ge=1, description="operator–vector products at most")
     seed: int = pydantic.Field(default=0, ge=0, description="of the random restarts")
-    which: Which = pydantic.Field(default="magnitude", description="magnitude, largest or smallest")
-    backend: Literal["lanczos", "pyhessian"] = pydantic.Field(default="lanczos", description="lanczos or pyhessian")
+    which: Which = pydantic.Field(default="magnitude", description="magnitude, largest, smallest or both")
+    block: int = pydantic.Field(default=1, ge=1, le=100, description="Lanczos vectors a step")
+    curvature: Curvature = pydantic.Field(default="hessian", description="hessian or ggn")
+    differences: Differences | None = pydantic.Field(default=None, description="central or one-sided, for a quick look")
+    backend: Backend = pydantic.Field(default="lanczos", description="lanczos, pyhessian or scipy")
 
     @pydantic.model_validator(mode="after")
     def _enough_products(self) -> "SpectrumSettings":
-        if self.max_products < 2 * self.k:
-            raise ValueError(f"max_products must be at least {2 * self.k} for k = {self.k}")
+        if self.max_products < self.k:
+            raise ValueError(f"max_products must be at least {self.k} for k = {self.k}")
         return self
 
 
-def _run(objective: Objective, space: WeightSpace, settings: SpectrumSettings, trained: Trained | None) -> Spectrum:
-    return top_eigenvalues(
-        objective,
-        space,
-        settings.k,
-        tolerance=settings.tolerance,
-        max_products=settings.max_products,
-        seed=settings.seed,
-        which=settings.which,
-        backend=settings.backend,
-    )
+def _run(
+    objective: Objective,
+    space: WeightSpace,
+    settings: SpectrumSettings,
+    trained: Trained | None,
+    watch: Watch | None = None,
+) -> Spectrum:
+    return top_eigenvalues(objective, space, **settings.model_dump(), watch=watch)
 
 
 MEASURE = Measure(

@@ -1,96 +1,57 @@
-"""Lanczos with full reorthogonalisation, for a symmetric operator on flat vectors.
+"""Thick-restart block Lanczos with full reorthogonalisation, for a symmetric operator on flat vectors.
 
-``H·Q_j = Q_j·T_j + beta_j·q_{j+1}·e_jᵀ`` with orthonormal ``Q_j`` and tridiagonal ``T_j``. A Ritz pair
-``(theta, y = Q_j·s)`` of ``T_j`` satisfies ``‖H·y − theta·y‖ = beta_j·|s_j|`` (Paige 1971; Parlett, The Symmetric
-Eigenvalue Problem, ch. 13), which is known without another product and serves to stop.
+``H·Q = Q·T + F`` with orthonormal Q, ``T = Qᵀ·H·Q`` and a remainder F ⟂ Q that vanishes but for the last block: with
+its factors ``F_last = N·R``, N orthonormal, a Ritz pair ``(theta, y = Q·s)`` of T satisfies ``‖H·y − theta·y‖ =
+‖R·s_last‖`` (Paige 1971; Parlett, The Symmetric Eigenvalue Problem, chapter 13), known without another product. N is
+the next block. When the basis is full it is replaced by Ritz vectors (Wu & Simon, SIAM J. Matrix Anal. Appl. 22, 2000).
+
+The products H·Q are kept beside Q. What is returned is therefore checked against them, ``‖(H·Q)·s − theta·Q·s‖``, which
+relies on the operator being linear and on nothing else.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
+from analysis.core.measure import Watch
 from analysis.core.vectors import tensor_dot
+from analysis.curvature.basis import Basis, Coefficients
+from analysis.curvature.operator import SymmetricOperator
 
-Which = Literal["magnitude", "largest", "smallest"]
-Coefficients = NDArray[np.float64]
-
-ROWS = 16
-"""Basis vectors stored in one matrix; memory grows by this many."""
-COLUMNS = 1 << 18
-"""Entries of each basis vector converted to float64 at a time."""
-
-
-class Basis:
-    """Orthonormal vectors as rows of matrices, in the vectors' own dtype; products with them run in float64."""
-
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._empty = lambda: torch.empty(ROWS, size, dtype=dtype, device=device)
-        self._blocks: list[Tensor] = []
-        self.length = 0
-
-    def append(self, vector: Tensor) -> None:
-        """Add a row."""
-        if self.length == len(self._blocks) * ROWS:
-            self._blocks.append(self._empty())
-        self._blocks[-1][self.length % ROWS] = vector
-        self.length += 1
-
-    def row(self, index: int) -> Tensor:
-        """Row ``index``, (size,)."""
-        return self._blocks[index // ROWS][index % ROWS]
-
-    def orthogonalized(self, vector: Tensor) -> Tensor:
-        """``vector`` (size,), float64, less its projection on the rows, taken away twice ("twice is enough").
-
-        Works in place.
-        """
-        for _ in range(2):
-            for block, columns in self._tiles(vector.numel()):
-                # One block of rows after the other: modified Gram–Schmidt between blocks.
-                coefficients = torch.zeros(len(block), dtype=torch.float64, device=vector.device)
-                for part in columns:
-                    coefficients += block[:, part].double() @ vector[part]
-                for part in columns:
-                    vector[part] -= coefficients @ block[:, part].double()
-        return vector
-
-    def combination(self, coefficients: Coefficients) -> Tensor:
-        """Σ_i coefficients_i·row_i, (size,), float64."""
-        weights = torch.from_numpy(np.ascontiguousarray(coefficients))
-        first = self._blocks[0]
-        result = torch.zeros(first.shape[1], dtype=torch.float64, device=first.device)
-        start = 0
-        for block, columns in self._tiles(result.numel()):
-            own = weights[start : start + len(block)].to(result.device)
-            start += len(block)
-            for part in columns:
-                result[part] += own @ block[:, part].double()
-        return result
-
-    def _tiles(self, size: int) -> list[tuple[Tensor, list[slice]]]:
-        columns = [slice(start, start + COLUMNS) for start in range(0, size, COLUMNS)]
-        return [(block[: self.length - i * ROWS], columns) for i, block in enumerate(self._blocks)]
+Which = Literal["magnitude", "largest", "smallest", "both"]
 
 
 @dataclass(frozen=True, eq=False)
 class Ritz:
-    """The wanted Ritz pairs of a finished iteration, the most wanted first."""
+    """The wanted Ritz pairs, the most wanted first."""
 
     values: Coefficients  # (k,)
-    coefficients: Coefficients  # (steps, k), columns in the basis
+    errors: Coefficients  # (k,) ‖H·y − theta·y‖ from the products that made y
+    coefficients: Coefficients  # (length of basis, k)
     basis: Basis
+    floor: float  # error at which a pair is exact as far as products can tell
+    interrupted: bool
+
+    def vector(self, index: int) -> Tensor:
+        """Ritz vector ``index``, (size,), float64, of length 1."""
+        return _unit(self.basis.combination(self.coefficients[:, index]))
 
 
 def wanted(values: Coefficients, which: Which) -> NDArray[np.intp]:
-    """Indices of ``values`` from the most to the least wanted."""
-    return np.argsort(-_worth(values, which), kind="stable")
+    """Indices of ``values`` from the most to the least wanted; for ``"both"`` the largest, the smallest, and so on."""
+    if which == "magnitude":
+        return np.argsort(-np.abs(values), kind="stable")
+    falling = np.argsort(-values, kind="stable")
+    if which == "both":
+        turns = np.stack([falling, falling[::-1]], axis=1).reshape(-1)
+        return turns[: len(values)]
+    return falling if which == "largest" else np.argsort(values, kind="stable")
 
 
 def rounding_floor(values: Coefficients, dtype: torch.dtype) -> float:
@@ -99,91 +60,173 @@ def rounding_floor(values: Coefficients, dtype: torch.dtype) -> float:
 
 
 def lanczos(
-    multiply: Callable[[Tensor], Tensor],
+    operator: SymmetricOperator,
     start: Tensor,
     k: int,
     *,
     which: Which,
     tolerance: float,
-    max_steps: int,
+    max_products: int,
+    max_basis: int,
     generator: torch.Generator,
+    watch: Watch | None = None,
 ) -> Ritz:
-    """The ``k`` wanted Ritz pairs, iterated until the residual estimate of each is ≤ ``tolerance·|theta|``.
+    """The ``k`` wanted Ritz pairs, iterated until the residual of each is ≤ ``tolerance·|theta|``.
 
-    A Krylov space holds one vector of each eigenspace, and only of eigenspaces in which the start vector has a part.
-    So when it turns out to be invariant (beta vanishes), the iteration restarts from a random vector orthogonal to all
-    before, and ends only once such a part has brought nothing that is wanted more than the ``k``-th pair.
+    A Krylov space holds as many vectors of each eigenspace as its block has rows, and only of eigenspaces in which
+    these have a part. So when it turns out to be invariant (F vanishes), the iteration goes on from a random vector
+    orthogonal to all before, and ends only once such a part has brought nothing that is wanted.
 
     Args:
-        multiply: the operator on a flat vector (size,) of ``start``'s dtype.
-        start: first vector, not zero.
+        operator: the symmetric operator.
+        start: first block, (b, size), not zero.
         k: how many, at most the size.
-        which: largest magnitude, largest or smallest (most negative) value.
+        which: largest magnitude, largest, smallest (most negative), or both ends in turn.
         tolerance: relative residual.
-        max_steps: products at most, at least ``k``.
+        max_products: at most, at least ``k``.
+        max_basis: vectors kept at most, at least ``k + 2·b + 1``; their products take as much memory again.
         generator: CPU stream for restarts.
+        watch: told of products and the worst residual estimate.
+
+    Returns:
+        What has been found, also when a limit ended the iteration or, once there is something, ``KeyboardInterrupt``.
     """
-    size = start.numel()
-    basis = Basis(size, start.dtype, start.device)
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    part = 0  # where in the basis the part since the last restart begins
-    vector = _unit(start.double())
-    while True:
-        basis.append(vector.to(start.dtype))
-        q = basis.row(basis.length - 1)
-        w = multiply(q).double()
-        diagonal.append(tensor_dot(w, q))
-        w = basis.orthogonalized(w)
-        beta = math.sqrt(tensor_dot(w, w))
-        values, vectors = _eigenpairs(diagonal, off_diagonal)
-        chosen = wanted(values, which)[:k]
-        floor = rounding_floor(values, start.dtype)
-        steps = len(diagonal)
-        if steps in (max_steps, size):
-            break
-        settled = steps >= k and _settled(values, vectors, chosen, beta, tolerance, floor)
-        invariant = beta <= floor
-        if settled:
-            own, own_vectors = _eigenpairs(diagonal[part:], off_diagonal[part:])
-            best = wanted(own, which)[:1]
-            exceeds = _worth(own[best], which)[0] > _worth(values[chosen[-1:]], which)[0] + floor
-            if invariant and part > 0 and not exceeds:
+    size, dtype, device = operator.size, operator.dtype, operator.device
+    basis, images = Basis(size, dtype, device), Basis(size, dtype, device)
+    T: Coefficients = np.zeros((0, 0))
+    part = 0  # where in the basis the part since the last random restart begins
+    done = 0
+    front, _ = _orthonormal([row.double() for row in start], 0.0)
+    interrupted = False
+    try:
+        while True:
+            if basis.length + len(front) > max_basis:
+                room = max_basis - 2 * len(front)
+                kept, locked = _restart(T, part, k, room, which)
+                basis, images, T, part = basis.compressed(kept), images.compressed(kept), kept.T @ T @ kept, locked
+            front = front[: max_products - done]
+            rows = torch.stack([row.to(dtype) for row in front])
+            made = operator.matmat(rows)
+            done += len(rows)
+            begin = len(T)
+            for row, image in zip(rows, made, strict=True):
+                basis.append(row)
+                images.append(image)
+            T, rest = _extended(T, basis, made)
+            values, vectors = np.linalg.eigh(T)
+            floor = rounding_floor(values, dtype)
+            front, coupling = _orthonormal(rest, floor)
+            chosen = wanted(values, which)[:k]
+            estimates = np.linalg.norm(coupling.T @ vectors[begin:], axis=0)
+            if watch is not None:
+                worst = (estimates[chosen] / np.maximum(np.abs(values[chosen]), floor or 1)).max()
+                watch(done, max_products, f"residual {worst:.1e}" if len(T) >= k else "")
+            if done >= max_products or len(T) == size:
                 break
-            if not invariant and _settled(own, own_vectors, best, beta, tolerance, floor):
-                break
-        if invariant:
-            part = steps
-            off_diagonal.append(0.0)
-            noise = torch.randn(size, generator=generator, dtype=torch.float64).to(start.device)
-            vector = _unit(basis.orthogonalized(noise))
-        else:
-            off_diagonal.append(beta)
-            vector = w / beta
-    return Ritz(values[chosen], vectors[:, chosen], basis)
+            if len(T) >= k and _settled(estimates, values, chosen, tolerance, floor):
+                errors = basis.residual_norms(images, vectors[:, chosen], values[chosen])
+                if _settled(errors, values[chosen], np.arange(k), tolerance, floor):
+                    if front:
+                        complete = _own_settled(T[part:, part:], coupling, which, tolerance, floor)
+                    else:
+                        complete = part > 0 and _nothing_new(T, part, values[chosen], which, floor)
+                    if complete:
+                        break
+            if not front:
+                part = len(T)
+                front, _ = _orthonormal([_random_outside(basis, size, generator)], 0.0)
+    except KeyboardInterrupt:
+        if len(T) < 1:
+            raise
+        interrupted = True
+    basis.truncate(len(T))
+    images.truncate(len(T))
+    values, vectors = np.linalg.eigh(T)
+    chosen = wanted(values, which)[:k]
+    values, vectors, floor = values[chosen], vectors[:, chosen], rounding_floor(values, dtype)
+    errors = basis.residual_norms(images, vectors, values)
+    return Ritz(values, errors, vectors, basis, floor, interrupted)
 
 
-def _eigenpairs(diagonal: list[float], off_diagonal: list[float]) -> tuple[Coefficients, Coefficients]:
-    values, vectors = eigh_tridiagonal(np.array(diagonal), np.array(off_diagonal))
-    return values.astype(np.float64), vectors.astype(np.float64)
+def _extended(T: Coefficients, basis: Basis, made: Tensor) -> tuple[Coefficients, list[Tensor]]:
+    """T with the products of the basis' last rows, and what of these lies outside the basis."""
+    old, new = len(T), len(made)
+    larger = np.zeros((old + new, old + new))
+    larger[:old, :old] = T
+    rest = []
+    for i, image in enumerate(made):
+        outside = image.double()
+        coefficients = basis.project_out(outside).cpu().numpy()
+        larger[old + i] = coefficients
+        larger[:old, old + i] = coefficients[:old]
+        rest.append(outside)
+    corner = larger[old:, old:]
+    larger[old:, old:] = (corner + corner.T) / 2
+    return larger, rest
+
+
+def _orthonormal(rows: Sequence[Tensor], floor: float) -> tuple[list[Tensor], Coefficients]:
+    """Orthonormal rows N and R, (rows, N), with ``rows = R·N``; what is no longer than ``floor`` counts as nothing."""
+    found: list[Tensor] = []
+    coupling = np.zeros((len(rows), len(rows)))
+    for i, row in enumerate(rows):
+        rest = row
+        for _ in range(2):
+            for j, other in enumerate(found):
+                share = tensor_dot(rest, other)
+                coupling[i, j] += share
+                rest = torch.add(rest, other, alpha=-share)
+        length = math.sqrt(tensor_dot(rest, rest))
+        if length > floor:
+            coupling[i, len(found)] = length
+            found.append(rest / length)
+    return found, coupling[:, : len(found)]
 
 
 def _settled(
-    values: Coefficients,
-    vectors: Coefficients,
-    chosen: NDArray[np.intp],
-    beta: float,
-    tolerance: float,
-    floor: float,
+    errors: Coefficients, values: Coefficients, chosen: NDArray[np.intp], tolerance: float, floor: float
 ) -> bool:
-    estimates = beta * np.abs(vectors[-1, chosen])
-    return bool(np.all(estimates <= np.maximum(tolerance * np.abs(values[chosen]), floor)))
+    return bool(np.all(errors[chosen] <= np.maximum(tolerance * np.abs(values[chosen]), floor)))
 
 
-def _worth(values: Coefficients, which: Which) -> Coefficients:
-    if which == "magnitude":
-        return np.abs(values)
-    return values if which == "largest" else -values
+def _own_settled(own: Coefficients, coupling: Coefficients, which: Which, tolerance: float, floor: float) -> bool:
+    """Whether the most wanted pair, at each end, of the part since the last random restart is settled."""
+    values, vectors = np.linalg.eigh(own)
+    best = wanted(values, which)[: 2 if which == "both" else 1]
+    estimates = np.linalg.norm(coupling.T @ vectors[-len(coupling) :], axis=0)
+    return _settled(estimates, values, best, tolerance, floor)
+
+
+def _nothing_new(T: Coefficients, part: int, found: Coefficients, which: Which, floor: float) -> bool:
+    """Whether the wanted values ``found`` were all there before the last random restart."""
+    before = np.linalg.eigvalsh(T[:part, :part]).astype(np.float64)
+    before = before[wanted(before, which)[: len(found)]]
+    return len(before) == len(found) and bool(np.all(np.abs(np.sort(before) - np.sort(found)) <= floor))
+
+
+def _restart(T: Coefficients, part: int, k: int, room: int, which: Which) -> tuple[Coefficients, int]:
+    """Orthonormal coefficients of what stays in the basis, ``room`` columns at most, and where its last part begins.
+
+    What lies before the last random restart is invariant: its Ritz pairs are exact and are kept by themselves.
+    """
+    before, own = _ritz(T[:part, :part], which)[:, :k], _ritz(T[part:, part:], which)
+    locked = before.shape[1]
+    own = own[:, : min(max(k + (room - locked - k) // 2, 1), room - locked)]
+    kept = np.zeros((len(T), locked + own.shape[1]))
+    kept[:part, :locked] = before
+    kept[part:, locked:] = own
+    return kept, locked
+
+
+def _ritz(T: Coefficients, which: Which) -> Coefficients:
+    values, vectors = np.linalg.eigh(T)
+    return vectors[:, wanted(values, which)]
+
+
+def _random_outside(basis: Basis, size: int, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(size, generator=generator, dtype=torch.float64).to(basis.device)
+    basis.project_out(noise)
+    return noise
 
 
 def _unit(vector: Tensor) -> Tensor:

@@ -1,74 +1,160 @@
-"""Many Hessian–vector products at one point, with the gradient's graph kept alive between them."""
+"""Symmetric operators on the weights of a space, summed over an objective's batches.
 
+``H·v = Σ_b w_b·H_b·v / Σ_b w_b`` with the weights of :class:`~analysis.core.objective.Objective`. The processes of
+``torch.distributed`` share the batches among them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Protocol, Self
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from analysis.core.objective import Objective, Sum, product
+from analysis.core.objective import Objective
 from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector
+from analysis.curvature.probe import check_deterministic, check_precision
+from bilora.errors import UserError
 
 
-class HessianOperator:
-    """``v ↦ ∇²L·v`` of an objective at the current weights of a space; a context manager that frees its graphs.
+class SymmetricOperator(Protocol):
+    """What the estimators need of a symmetric matrix.
 
-    A product is a forward, a backward and a backward through the backward. With ``retain`` the first two are done
-    once a batch and shared by all products, which costs 2.0–2.2 gradients a product instead of 3.2; the numbers are
-    the same.
+    Attributes:
+        size: entries of a vector.
+        dtype: of vectors.
+        device: of vectors.
+        products: products with one vector made so far.
+    """
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    products: int
+
+    def matmat(self, rows: Tensor) -> Tensor:
+        """Row i of the result is the operator times row i of ``rows``, (m, size)."""
+        ...
+
+
+class CurvatureOperator(ABC):
+    """A symmetric operator at the current weights of a space; a context manager that frees what it holds.
+
+    Under ``torch.distributed`` the batches are shared among the processes: every process must make the same calls, and
+    gets the same products.
 
     Args:
         objective: the mean loss.
         space: where, and with respect to which weights. They must not change during the operator's life.
-        retain: keep the graphs.
-        budget: bytes that retained graphs may take; batches beyond it are rebuilt at each product. None: no limit.
 
     Attributes:
-        products: number of products so far.
+        size, dtype, device: of vectors: entries of the space, and what its weights have.
+        products: products with one vector made so far.
+        label: what is not the exact Hessian names itself here (``kind`` of rows).
+
+    Raises:
+        UserError: half-precision weights, a model whose loss is not deterministic, or that has no finite loss.
     """
 
-    def __init__(
-        self, objective: Objective, space: WeightSpace, *, retain: bool = False, budget: int | None = None
-    ) -> None:
+    label: str = ""
+
+    def __init__(self, objective: Objective, space: WeightSpace) -> None:
+        check_precision(space)
+        check_deterministic(objective, space)
         self.objective = objective
         self.space = space
+        self.size = space.size
         self.products = 0
+        parameter = next(iter(space.parameters.values()))
+        self.dtype, self.device = parameter.dtype, parameter.device
         self._at = _addresses(space)
-        self._retained: list[tuple[Tensor, ...]] = []
-        if retain:
-            self._retain(budget)
-
-    @property
-    def retained(self) -> int:
-        """Number of batches whose graph is kept."""
-        return len(self._retained)
+        shared = dist.is_available() and dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+        self._world = world
+        self._mine = range(rank, len(objective.batches), world)
 
     def __call__(self, vector: Vector) -> Vector:
-        """∇²L·vector, summed over batches in float64; entries not named count as zero.
+        """The operator times ``vector``; entries not named count as zero.
 
         Raises:
             UserError: the loss or the product is not finite, or the loss depends on no parameter of the space.
             ValueError: the vector does not fit the space.
             RuntimeError: the space's weights were replaced since the operator was made.
         """
-        if _addresses(self.space) != self._at:
-            raise RuntimeError("the weights were replaced since this operator was made: make one at the new point")
-        objective, space = self.objective, self.space
-        total = Sum(space)
-        for index, weight in enumerate(objective.weights):
-            if index < len(self._retained):
-                parts = product(self._retained[index], space, vector, retain_graph=True)
-            else:
-                parts = product(objective.gradient_graph(space, index), space, vector)
-            total.add(parts, weight / objective.weight)
-        self.products += 1
-        return total.vector("the Hessian–vector product")
+        return self.many([vector])[0]
 
+    def many(self, vectors: Sequence[Vector]) -> list[Vector]:
+        """The operator times each vector: batches outside, vectors inside, so that a batch's graph serves them all.
+
+        Raises:
+            as calling it with one vector.
+        """
+        space = self.space
+        rows = torch.zeros(len(vectors), self.size, dtype=self.dtype, device=self.device)
+        for row, vector in zip(rows, vectors, strict=True):
+            target = space.named_vector(row)
+            for name, part in space.aligned(vector).items():
+                target[name].copy_(part)
+        return [space.named_vector(row) for row in self.matmat(rows)]
+
+    def matmat(self, rows: Tensor) -> Tensor:
+        """Row i of the result is the operator times row i of ``rows``, (m, size), summed over batches in float64.
+
+        Raises:
+            as calling it with one vector.
+        """
+        if rows.dim() != 2 or rows.shape[1] != self.size:
+            raise ValueError(
+                f"rows have shape {tuple(rows.shape)}: the {self.space.name} space has {self.size} entries"
+            )
+        self._check_point()
+        totals = self._summed(rows.to(self.device, self.dtype))
+        self.products += len(rows)
+        result = totals.to(self.dtype)
+        if not bool(result.isfinite().all()):
+            raise UserError(f"a curvature product is not finite: the weights are too large for {self.dtype}")
+        return result
+
+    def gradient(self) -> Tensor:
+        """∇L, (size,), summed over batches in float64.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        self._check_point()
+        with self._shared(torch.zeros(1, self.size, dtype=torch.float64, device=self.device)) as totals:
+            for index in self._mine:
+                self._add(totals[0], self._batch_gradient(index), self._share(index))
+        if not bool(totals.isfinite().all()):
+            raise UserError(f"the gradient is not finite: the weights are too large for {self.dtype}")
+        return totals[0].to(self.dtype)
+
+    def as_linear_operator(self) -> LinearOperator:
+        """The operator for scipy, on float64 arrays; products are made in the weights' dtype."""
+
+        def matmat(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+            rows = torch.from_numpy(np.ascontiguousarray(columns.T))
+            return self.matmat(rows).double().cpu().numpy().T
+
+        return LinearOperator(
+            shape=(self.size, self.size),
+            matvec=lambda column: matmat(column.reshape(-1, 1)).reshape(-1),
+            matmat=matmat,
+            dtype=np.dtype(np.float64),
+        )
+
+    @abstractmethod
     def close(self) -> None:
-        """Free the retained graphs. Products go on working, rebuilt each time."""
-        self._retained.clear()
+        """Free what is held between products. They go on working, more slowly."""
 
-    def __enter__(self) -> "HessianOperator":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -76,32 +162,39 @@ class HessianOperator:
     ) -> None:
         self.close()
 
-    def _retain(self, budget: int | None) -> None:
-        meter = _GraphMeter(self.space)
-        for index in range(len(self.objective.batches)):
-            with torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
-                graph = self.objective.gradient_graph(self.space, index)
-            if budget is not None and meter.bytes > budget:
-                break
-            self._retained.append(graph)
+    @abstractmethod
+    def _summed(self, rows: Tensor) -> Tensor:
+        """The products with ``rows``, (m, size) of float64."""
 
+    def _batch_gradient(self, index: int) -> Sequence[Tensor]:
+        return self.objective.batch_gradient(self.space, index)
 
-class _GraphMeter:
-    """Counts the bytes that autograd graphs keep alive beyond the space's model."""
+    def _share(self, index: int) -> float:
+        return self.objective.weights[index] / self.objective.weight
 
-    def __init__(self, space: WeightSpace) -> None:
-        self.bytes = 0
-        self._seen = {p.untyped_storage().data_ptr() for p in space.model.parameters()}
+    def _add(self, total: Tensor, parts: Sequence[Tensor | None], share: float) -> None:
+        start = 0
+        for parameter, part in zip(self.space.parameters.values(), parts, strict=True):
+            end = start + parameter.numel()
+            if part is not None:
+                total[start:end].add_(part.detach().reshape(-1), alpha=share)
+            start = end
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor.detach()  # a saved output that kept its own graph would be a cycle, never freed
+    @contextmanager
+    def _shared(self, totals: Tensor) -> Iterator[Tensor]:
+        """Sum what each process adds to ``totals`` inside the block; one that fails makes all others fail."""
+        try:
+            yield totals
+        except Exception:
+            if self._world > 1:
+                dist.all_reduce(totals.fill_(torch.nan))
+            raise
+        if self._world > 1:
+            dist.all_reduce(totals)
 
-    def unpack(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def _check_point(self) -> None:
+        if _addresses(self.space) != self._at:
+            raise RuntimeError("the weights were replaced since this operator was made: make one at the new point")
 
 
 def _addresses(space: WeightSpace) -> list[int]:

@@ -6,7 +6,6 @@ A random Gaussian d is scaled row by row, so that t is relative to the size of e
 are those of the merged weights; in the LoRA space those of A and of B, which depends on the gauge.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, Field
 
 from analysis.core.directions import filter_normalized, gaussian
-from analysis.core.measure import Measure
+from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
@@ -73,7 +72,7 @@ def loss_lines(
     points: int = 21,
     directions: int = 5,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
 ) -> LossLines:
     """The loss along random filter-normalised directions.
 
@@ -86,7 +85,7 @@ def loss_lines(
         extent: largest coordinate; 1 moves every filter by its own norm.
         points: points on a line, odd.
         directions: number of lines, named by ``seed`` and number: the same for every adapter of one base model.
-        progress: called with (losses evaluated, losses in all). The centre is evaluated once for all lines.
+        watch: called with (losses evaluated, losses in all). The centre is evaluated once for all lines.
 
     Raises:
         UserError: a setting is out of bounds.
@@ -99,8 +98,8 @@ def loss_lines(
     total = settings.directions * (settings.points - 1) + 1
 
     def report(done: int) -> None:
-        if progress is not None:
-            progress(done, total)
+        if watch is not None:
+            watch(done, total, "losses")
 
     report(1)
     done = 1
@@ -116,8 +115,14 @@ def loss_lines(
     return LossLines(space.name, objective.name, coordinates, losses, norms)
 
 
-def _run(objective: Objective, space: WeightSpace, settings: LandscapeSettings, trained: Trained | None) -> LossLines:
-    return loss_lines(objective, space, **settings.model_dump())
+def _run(
+    objective: Objective,
+    space: WeightSpace,
+    settings: LandscapeSettings,
+    trained: Trained | None,
+    watch: Watch | None = None,
+) -> LossLines:
+    return loss_lines(objective, space, **settings.model_dump(), watch=watch)
 
 
 MEASURE = Measure(

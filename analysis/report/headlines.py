@@ -14,6 +14,7 @@ _SHARPNESS = {
     ("random", "loss_rise"): "loss rise under random noise",
     ("adversarial", "loss_rise"): "loss rise one gradient step away",
     ("spectrum", "eigenvalue"): "largest Hessian eigenvalue",
+    ("trace", "trace"): "trace of the Hessian",
 }
 
 

@@ -157,8 +157,8 @@ def _sections(
             "curvature",
             "Curvature",
             ("The Hessian of the mean loss. In LoRA space it also holds the curvature of the product B·A.",),
-            (tables.eigenvalue_table(summary, methods),),
-            shown("eigenvalues"),
+            (tables.eigenvalue_table(summary, methods), tables.moment_table(summary, methods)),
+            shown("eigenvalues", "eigenvalue_ladder", "density", "layer_eigenvalues", "layer_traces"),
         ),
         Section("landscapes", "Landscapes", pictures=shown("landscape")),
         Section(

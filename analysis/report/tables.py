@@ -106,7 +106,8 @@ def setup_table(summary: pd.DataFrame) -> Table:
 def _kinds_with_radii(rows: pd.DataFrame, measure: str) -> str:
     told: dict[str, list[str]] = {}
     for kind in rows["kind"].unique():
-        radii = sorted(radius for radius in rows.loc[rows["kind"] == kind, "radius"].dropna().unique() if radius > 0)
+        of_kind = rows[(rows["kind"] == kind) & (rows["measure"] != "density")]  # whose coordinate is an eigenvalue
+        radii = sorted(radius for radius in of_kind["radius"].dropna().unique() if radius > 0)
         words = ", ".join(f"{radius:g}" for radius in radii)
         if measure == "landscape" and radii:
             words = f"−{radii[-1]:g} to {radii[-1]:g}"
@@ -157,6 +158,26 @@ def eigenvalue_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:
     )
 
 
+def moment_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:
+    """Trace, Frobenius norm, negative share and effective dimension, whichever were measured."""
+    lines: list[Line] = []
+    for (measure, quantity), name in _MOMENTS.items():
+        rows = summary[(summary["measure"] == measure) & (summary["quantity"] == quantity) & (summary["layer"] == "")]
+        for (space, kind, split, alpha), part in by_space(rows, "kind", "split", "radius"):
+            at = f", α = {alpha:g}" if pd.notna(alpha) else ""
+            lines.append(((SPACE_NAMES.get(space, space), split, " ".join(w for w in (name, kind) if w) + at), part))
+    return by_method("Moments of the spectrum", ("space", "examples", "quantity"), lines, methods)
+
+
+_MOMENTS = {
+    ("trace", "trace"): "trace (XTrace)",
+    ("density", "trace"): "trace (quadrature)",
+    ("density", "frobenius_norm"): "Frobenius norm",
+    ("density", "negative_share"): "negative share of Σ|λ|",
+    ("density", "effective_dimension"): "effective dimension",
+}
+
+
 def subspace_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:
     """Overlap, outside share and alignment over all layers, with the level expected by chance."""
     rows = summary[(summary["measure"] == "subspace") & (summary["layer"] == "")]
@@ -186,7 +207,7 @@ def verdict_table(headlines: pd.DataFrame, methods: Sequence[str], baseline: str
 def difference_tables(differences: pd.DataFrame) -> list[Table]:
     """Every paired difference of whole spaces, a table per measure; single landscape points are left out."""
     rows = differences[(differences["layer"] == "") & (differences["measure"] != "landscape")]
-    rows = rows[~rows["quantity"].isin(["products", "converged", "loss_rise_mean"])]
+    rows = rows[~rows["quantity"].isin(["converged", "loss_rise_mean"])]
     head = (
         "method",
         "space",

@@ -12,13 +12,13 @@ belongs to a point outside the ball (:mod:`analysis.subspace.lowrank`).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
-from analysis.core.measure import Measure
+from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
@@ -87,7 +87,7 @@ def adversarial_sharpness(
     radii: Sequence[float],
     *,
     rank: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
 ) -> AdversarialSharpness:
     """Loss and metrics after one ascent step of length rho along the full-batch gradient.
 
@@ -98,7 +98,7 @@ def adversarial_sharpness(
         space: the model side; its weights are bit-identical afterwards.
         radii: norms rho of the step in the measured space.
         rank: r of the low-rank first-order prediction (full space only).
-        progress: called with (points done, points in all); the gradient is the first.
+        watch: called with (points done, points in all); the gradient is the first.
 
     Raises:
         UserError: a setting is out of bounds, or the loss or its gradient is not finite at the unperturbed weights.
@@ -111,8 +111,8 @@ def adversarial_sharpness(
     low_rank_length = math.nan
     if space.name == "full":
         low_rank_length = math.sqrt(sum(leading_squared_norm(G, settings.rank) for G in gradient.values()))
-    if progress is not None:
-        progress(1, total)
+    if watch is not None:
+        watch(1, total, "points")
     direction = scaled(gradient, 1 / length if length else 0.0)
     points = []
     for done, radius in enumerate(settings.radii, start=2):
@@ -128,15 +128,19 @@ def adversarial_sharpness(
                 induced_norm=space.induced_norm(direction, radius),
             )
         )
-        if progress is not None:
-            progress(done, total)
+        if watch is not None:
+            watch(done, total, "points")
     return AdversarialSharpness(space.name, objective.name, settings.rank, length, base, tuple(points))
 
 
 def _run(
-    objective: Objective, space: WeightSpace, settings: AdversarialSettings, trained: Trained | None
+    objective: Objective,
+    space: WeightSpace,
+    settings: AdversarialSettings,
+    trained: Trained | None,
+    watch: Watch | None = None,
 ) -> AdversarialSharpness:
-    return adversarial_sharpness(objective, space, **settings.model_dump())
+    return adversarial_sharpness(objective, space, **settings.model_dump(), watch=watch)
 
 
 MEASURE = Measure(

@@ -10,7 +10,7 @@ compare them in pairs. Loss rises of single directions scatter by their own size
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from analysis.core.directions import gaussian
-from analysis.core.measure import Measure
+from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
@@ -116,7 +116,7 @@ def random_sharpness(
     directions: int = 10,
     seed: int = 0,
     antithetic: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
 ) -> RandomSharpness:
     """Loss rise under random perturbations of the weights, the module's two kinds.
 
@@ -128,7 +128,7 @@ def random_sharpness(
         directions: independent directions; each is used at every radius.
         seed: names the directions.
         antithetic: evaluate at ±eps and take the mean, which removes the first-order term; twice the cost.
-        progress: called with (losses evaluated, losses in all).
+        watch: called with (losses evaluated, losses in all).
 
     Raises:
         UserError: a setting is out of bounds, or ``kind="filter"`` in a space without such parameters.
@@ -144,8 +144,8 @@ def random_sharpness(
     total = losses.size + 1
 
     def report(done: int) -> None:
-        if progress is not None:
-            progress(done, total)
+        if watch is not None:
+            watch(done, total, "losses")
 
     base_loss = objective.loss(space)
     report(1)
@@ -171,9 +171,13 @@ def random_sharpness(
 
 
 def _run(
-    objective: Objective, space: WeightSpace, settings: RandomSettings, trained: Trained | None
+    objective: Objective,
+    space: WeightSpace,
+    settings: RandomSettings,
+    trained: Trained | None,
+    watch: Watch | None = None,
 ) -> RandomSharpness:
-    return random_sharpness(objective, space, **settings.model_dump())
+    return random_sharpness(objective, space, **settings.model_dump(), watch=watch)
 
 
 MEASURE = Measure(

@@ -1,7 +1,7 @@
 """Measuring one adapter or model that lies in a folder, whoever trained it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import pandas as pd
 
 from analysis.core import Trained, WeightSpace, load_trained
+from analysis.core.measure import Watch
 from analysis.frame import rows_frame
 from analysis.registry import MEASURES
 from analysis.study.inputs import content_digest, data_identity, library_versions, model_identity
 from analysis.study.sources import measure_code
 from analysis.study.spec import MeasureEntry
+from analysis.study.unfinished import Unfinished
 from analysis.study.work import device, objective_for, task_for
 from bilora.errors import UserError
 from bilora.tasks import TaskSpec, load_model
@@ -102,11 +104,25 @@ def spaces_of(subject: Subject, entry: MeasureEntry) -> tuple[str, ...]:
     return spaces
 
 
-def measure_subject(subject: Subject, task: TaskSpec, entries: Sequence[MeasureEntry]) -> pd.DataFrame:
+def measure_subject(
+    subject: Subject,
+    task: TaskSpec,
+    entries: Sequence[MeasureEntry],
+    unfinished: Unfinished,
+    watch: Callable[[str], Watch] | None = None,
+) -> pd.DataFrame:
     """The rows of every measure in every space asked for.
+
+    Args:
+        subject: what is measured.
+        task: the examples.
+        entries: the measures.
+        unfinished: what an interrupted call has finished, which is not computed again; what this call finishes goes in.
+        watch: name of a measurement → what is told of its progress.
 
     Raises:
         UserError: bad data, an adapter of another base model, too few examples.
+        Interrupted: as a measure raises it.
     """
     loaded = task_for(task, subject.base)
     for entry in entries:
@@ -129,7 +145,13 @@ def measure_subject(subject: Subject, task: TaskSpec, entries: Sequence[MeasureE
             kind = name or "full"
             if kind not in spaces:
                 spaces[kind] = getattr(WeightSpace, kind)(model)
-            rows += MEASURES[entry.measure].run(objective, spaces[kind], entry.all_settings(), trained).rows()
+            found = unfinished.rows(entry.measure, name)
+            if found is None:
+                seen = watch(f"{entry.measure}, {name} space" if name else entry.measure) if watch else None
+                run = MEASURES[entry.measure].run
+                found = run(objective, spaces[kind], entry.all_settings(), trained, seen).rows()
+                unfinished.add(entry.measure, name, found)
+            rows += found
     return rows_frame(rows)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from analysis.core.measure import Measure
+from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
@@ -38,7 +38,13 @@ class Subspaces:
         return rows + [r for reach in self.reaches for r in reach.rows()]
 
 
-def _run(objective: Objective, space: WeightSpace, settings: SubspaceSettings, trained: Trained | None) -> Subspaces:
+def _run(
+    objective: Objective,
+    space: WeightSpace,
+    settings: SubspaceSettings,
+    trained: Trained | None,
+    watch: Watch | None = None,
+) -> Subspaces:
     if trained is None:
         raise UserError("measure subspace needs a LoRA adapter: give an adapter folder, not a plain model")
     overlap = subspace_overlap(space, trained.auxiliary) if trained.auxiliary else None

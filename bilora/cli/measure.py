@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bilora.cli import options
+from bilora.cli.measuring_bar import MeasuringBar
 from bilora.cli.quiet import silence_libraries
 from bilora.errors import UserError
 
@@ -63,8 +64,11 @@ def measure(
         raise UserError(f"--output {output} is no .parquet file: name it so")
     if not verbose:
         silence_libraries()
-    from analysis.study.files import read_measured, write_measured
+    from analysis.core.measure import Interrupted
+    from analysis.frame import rows_frame
+    from analysis.study.files import read_measured, replace_file, write_measured
     from analysis.study.single import determinants, find_subject, measure_subject
+    from analysis.study.unfinished import Unfinished
     from bilora.tasks import TaskSpec
 
     task = TaskSpec.model_validate(
@@ -87,8 +91,19 @@ def measure(
     made_of = determinants(found, task, entries)
     frame = read_measured(output, made_of, force=force)
     if frame is None:
-        frame = measure_subject(found, task, entries)
+        unfinished = Unfinished(output.with_suffix(".unfinished.json"), made_of)
+        stopped = output.with_suffix(".stopped.parquet")
+        try:
+            with MeasuringBar() as bar:
+                frame = measure_subject(found, task, entries, unfinished, bar.watch)
+        except Interrupted:
+            so_far = rows_frame(interrupt.result.rows())
+            replace_file(stopped, lambda path: so_far.to_parquet(path, index=False))
+            _show(so_far, stopped)
+            raise
         write_measured(output, frame, made_of)
+        unfinished.clear()
+        stopped.unlink(missing_ok=True)
     _show(frame, output)
 
 

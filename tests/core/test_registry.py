@@ -16,7 +16,17 @@ def test_quality_is_loss_and_accuracy_in_any_space():
 
 
 def test_the_registry_knows_every_measure():
-    assert list(MEASURES) == ["quality", "random", "adversarial", "spectrum", "landscape", "subspace"]
+    assert list(MEASURES) == [
+        "quality",
+        "random",
+        "adversarial",
+        "spectrum",
+        "trace",
+        "density",
+        "layers",
+        "landscape",
+        "subspace",
+    ]
     assert all(name == measure.name for name, measure in MEASURES.items())
     with pytest.raises(UserError, match="choose one of quality, random"):
         measure_named("flatness")

@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from analysis import MEASURES
 from analysis.core import COLUMNS, Objective, WeightSpace, dot, norm
+from analysis.core.measure import Interrupted
 from analysis.curvature import top_eigenvalues
 from bilora.errors import UserError
 from tests.oracles import tiny
@@ -57,7 +58,7 @@ def test_default_tolerance_is_honest(case):
 
 def test_retaining_graphs_changes_nothing(case):
     space, _, _ = case
-    kept, rebuilt = (top_eigenvalues(Objective(BATCHES), space, 3, retain=retain) for retain in (True, False))
+    kept, rebuilt = (top_eigenvalues(Objective(BATCHES), space, 3, graphs=graphs) for graphs in ("retain", "rebuild"))
     np.testing.assert_allclose(kept.values, rebuilt.values, rtol=1e-10)
     assert kept.products == rebuilt.products
 
@@ -108,13 +109,30 @@ def test_an_exception_in_the_middle_leaves_the_weights_alone(case):
     space, _, _ = case
     before = {name: p.detach().clone() for name, p in space.model.named_parameters()}
 
-    def stop(done, most):
+    def stop(done, most, note):
         if done == 3:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        top_eigenvalues(Objective(BATCHES), space, 3, watch=stop)
+    assert all(torch.equal(p, before[name]) for name, p in space.model.named_parameters())
+
+
+@pytest.mark.parametrize("at", [1, 12])
+def test_an_interrupt_gives_what_has_been_found(case, at):
+    space, dense, _ = case
+
+    def interrupt(done, most, note):
+        if done == at:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        top_eigenvalues(Objective(BATCHES), space, 3, progress=stop)
-    assert all(torch.equal(p, before[name]) for name, p in space.model.named_parameters())
+    with pytest.raises(Interrupted) as caught:
+        top_eigenvalues(Objective(BATCHES), space, 4, tolerance=1e-3, watch=interrupt)
+    found = caught.value.result
+    assert found.products == at
+    assert not found.converged.all()
+    assert found.converged.any() == (at == 12)
+    np.testing.assert_allclose(found.values[found.converged], dense[: found.converged.sum()], rtol=1e-3)
 
 
 def test_rows_of_the_registered_measure(case):
@@ -135,7 +153,7 @@ def test_rows_of_the_registered_measure(case):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"k": 0}, {"tolerance": 0}, {"tolerance": 2}, {"max_products": 4, "k": 3}, {"seed": -1}, {"kk": 1}]
+    "settings", [{"k": 0}, {"tolerance": 0}, {"tolerance": 2}, {"max_products": 2, "k": 3}, {"seed": -1}, {"kk": 1}]
 )
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValidationError):

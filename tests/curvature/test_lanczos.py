@@ -4,7 +4,7 @@ import torch
 
 from analysis.core import Objective, WeightSpace
 from analysis.curvature import top_eigenvalues
-from analysis.curvature.lanczos import ROWS, Basis
+from analysis.curvature.basis import ROWS, Basis
 from bilora.errors import UserError
 from tests.oracles import tiny
 
@@ -121,7 +121,7 @@ def test_the_basis_stays_orthonormal_across_blocks_in_float32():
     for _ in range(3 * ROWS + 5):
         # Nearly parallel vectors: one pass of Gram–Schmidt would leave 1e-4 of the others in each.
         vector = common + 1e-4 * torch.randn(size, generator=stream, dtype=torch.float64)
-        vector = basis.orthogonalized(vector)
+        basis.project_out(vector)
         basis.append((vector / vector.norm()).float())
     Q = torch.stack([basis.row(i) for i in range(basis.length)]).double()
     assert float((Q @ Q.T - torch.eye(len(Q))).abs().max()) < 1e-6
@@ -136,9 +136,16 @@ def test_the_basis_stays_orthonormal_across_blocks_in_float32():
         ({"k": 5}, "size of the all space"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"tolerance": 1.5}, "tolerance"),
-        ({"max_products": 3}, "at least 4"),
+        ({"max_products": 1}, "at least 2"),
+        ({"block": 0}, "block is 0"),
+        ({"max_basis": 4}, "at least 5"),
+        ({"graphs": "some"}, "choose auto, retain or rebuild"),
+        ({"curvature": "fisher"}, "choose hessian or ggn"),
+        ({"differences": "left"}, "choose central or one-sided"),
+        ({"curvature": "ggn", "differences": "central"}, "finite differences"),
+        ({"start": []}, "no vector"),
         ({"which": "biggest"}, "choose magnitude"),
-        ({"backend": "numpy"}, "choose lanczos or pyhessian"),
+        ({"backend": "numpy"}, "choose lanczos, pyhessian or scipy"),
         ({"start": "zero"}, "choose gradient or random"),
         ({"backend": "pyhessian", "which": "smallest"}, "largest magnitude alone"),
     ],

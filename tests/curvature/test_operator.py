@@ -6,7 +6,6 @@ import torch
 
 from analysis.core import Objective, WeightSpace, gaussian
 from analysis.curvature import HessianOperator
-from analysis.curvature.operator import _GraphMeter
 from tests.oracles import tiny
 
 BATCHES = [tiny.padded(part) for part in tiny.split(tiny.examples())]
@@ -17,34 +16,39 @@ def space(request):
     return {"full": WeightSpace.full, "lora": WeightSpace.lora}[request.param](tiny.with_lora(tiny.bert()))
 
 
-@pytest.mark.parametrize(("retain", "budget", "kept"), [(False, None, 0), (True, None, 4), (True, 400_000, None)])
-def test_retained_and_rebuilt_products_are_equal(space, retain, budget, kept):
+@pytest.mark.parametrize(("graphs", "budget", "kept"), [("rebuild", 0, 0), ("retain", 0, 4), ("auto", 400_000, None)])
+def test_retained_and_rebuilt_products_are_equal(space, graphs, budget, kept):
     objective = Objective(BATCHES)
-    with HessianOperator(objective, space, retain=retain, budget=budget) as operator:
-        assert operator.retained == kept if kept is not None else 0 < operator.retained < 4
+    with HessianOperator(objective, space, graphs=graphs, budget=budget) as operator:
         for index in range(3):
             v = gaussian(space, 0, index)
             expected, found = objective.hvp(space, v), operator(v)
             for name in expected:
                 torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-14)
         assert operator.products == 3
+        assert operator.retained == kept if kept is not None else 0 < operator.retained < 4
     assert operator.retained == 0
 
 
 def test_no_batch_is_kept_beyond_the_budget(space):
-    assert HessianOperator(Objective(BATCHES), space, retain=True, budget=1).retained == 0
+    operator = HessianOperator(Objective(BATCHES), space, budget=1)
+    operator(gaussian(space, 0, 0))
+    assert operator.retained == 0
 
 
 def test_closing_frees_the_graphs(space, monkeypatch):
-    kept, pack = [], _GraphMeter.pack
+    kept, hooks = [], torch.autograd.graph.saved_tensors_hooks
 
-    def recording(meter, tensor):
-        saved = pack(meter, tensor)
-        kept.append(weakref.ref(saved))
-        return saved
+    def recording(pack, unpack):
+        def packed(tensor):
+            saved = pack(tensor)
+            kept.append(weakref.ref(saved))
+            return saved
 
-    monkeypatch.setattr(_GraphMeter, "pack", recording)
-    with HessianOperator(Objective(BATCHES), space, retain=True) as operator:
+        return hooks(packed, unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", recording)
+    with HessianOperator(Objective(BATCHES), space, graphs="retain") as operator:
         operator(gaussian(space, 0, 0))
         assert any(reference() is not None for reference in kept)
     gc.collect()
@@ -52,7 +56,7 @@ def test_closing_frees_the_graphs(space, monkeypatch):
 
 
 def test_an_operator_is_bound_to_its_point(space):
-    with HessianOperator(Objective(BATCHES), space, retain=True) as operator:
+    with HessianOperator(Objective(BATCHES), space, graphs="retain") as operator:
         v = gaussian(space, 0, 0)
         before = operator(v)
         with space.perturbed(v, 0.1), pytest.raises(RuntimeError, match="replaced"):
@@ -64,7 +68,7 @@ def test_an_operator_is_bound_to_its_point(space):
 def test_an_operator_made_inside_a_perturbation_works_there(space):
     objective, v = Objective(BATCHES), gaussian(space, 0, 0)
     with space.perturbed(v, 0.1):
-        with HessianOperator(objective, space, retain=True) as operator:
+        with HessianOperator(objective, space, graphs="retain") as operator:
             found = operator(v)
         expected = objective.hvp(space, v)
     for name in expected:

@@ -138,7 +138,7 @@ def test_rows_hold_the_sweep_from_radius_zero():
 def test_progress_counts_points():
     objective, _ = quadratic_objective()
     seen = []
-    adversarial_sharpness(objective, WeightSpace.all(Quadratic()), [0.1, 0.2], progress=lambda *at: seen.append(at))
+    adversarial_sharpness(objective, WeightSpace.all(Quadratic()), [0.1, 0.2], watch=lambda *at: seen.append(at[:2]))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 

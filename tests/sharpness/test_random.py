@@ -223,7 +223,7 @@ def test_progress_counts_losses():
         [0.1, 0.2],
         directions=2,
         antithetic=True,
-        progress=lambda done, total: seen.append((done, total)),
+        watch=lambda done, total, note: seen.append((done, total)),
     )
     assert seen == [(i, 9) for i in range(1, 10)]
 

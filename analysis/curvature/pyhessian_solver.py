@@ -1,7 +1,9 @@
-"""PyHessian's power iteration (Yao et al. 2020) on our objective, as a second opinion."""
+"""PyHessian (Yao et al. 2020) on our objective, as a second opinion."""
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pyhessian import hessian
@@ -12,6 +14,26 @@ from analysis.core.objective import Objective
 from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector
 from bilora.seeds import generator_for
+
+
+@contextmanager
+def pyhessian_engine(objective: Objective, space: WeightSpace, seed: int) -> Iterator[tuple[Any, "LossModel"]]:
+    """PyHessian's ``hessian`` of the objective, and the model it runs, which counts its losses.
+
+    Inside, the global random state is seeded for PyHessian's starts; afterwards it is as before, and no parameter holds
+    a gradient.
+    """
+    adapter = LossModel(objective, space)
+    devices = [space.device] if space.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            warnings.filterwarnings("ignore", message=".*backward.*create_graph.*")
+            torch.manual_seed(generator_for("pyhessian", seed).initial_seed())
+            batches = _Batches(objective)
+            yield hessian(adapter, _loss, dataloader=batches, cuda=space.device.type == "cuda"), adapter
+    finally:
+        for parameter in space.parameters.values():
+            parameter.grad = None
 
 
 def pyhessian_eigenpairs(
@@ -25,19 +47,10 @@ def pyhessian_eigenpairs(
     """
     names = {parameter: name for name, parameter in space.parameters.items()}
     ordered = [names[p] for p in space.model.parameters() if p.requires_grad]
-    adapter = _LossModel(objective, space)
-    devices = [space.device] if space.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-            warnings.filterwarnings("ignore", message=".*backward.*create_graph.*")
-            torch.manual_seed(generator_for("pyhessian", seed).initial_seed())
-            engine = hessian(adapter, _loss, dataloader=_Batches(objective), cuda=space.device.type == "cuda")
-            values, vectors = engine.eigenvalues(maxIter=max_iterations, tol=tolerance, top_n=k)
-    finally:
-        for parameter in space.parameters.values():
-            parameter.grad = None
+    with pyhessian_engine(objective, space, seed) as (engine, adapter):
+        values, vectors = engine.eigenvalues(maxIter=max_iterations, tol=tolerance, top_n=k)
     named = [dict(zip(ordered, (part.detach() for part in vector), strict=True)) for vector in vectors]
-    return [float(value) for value in values], named, adapter.losses // len(objective.batches)
+    return [float(value) for value in values], named, adapter.products
 
 
 class _Batches:
@@ -55,7 +68,7 @@ class _Batches:
             yield torch.full((weight,), index), torch.empty(0)
 
 
-class _LossModel(nn.Module):
+class LossModel(nn.Module):
     """Batch number → mean loss of that batch."""
 
     def __init__(self, objective: Objective, space: WeightSpace) -> None:
@@ -64,6 +77,11 @@ class _LossModel(nn.Module):
         self.losses = 0
         self._objective = objective
         self._space = space
+
+    @property
+    def products(self) -> int:
+        """Products made so far: passes over all batches."""
+        return self.losses // len(self._objective.batches)
 
     def forward(self, index: Tensor) -> Tensor:
         self.losses += 1

@@ -1,0 +1,111 @@
+"""Tall matrices of a few vectors, stored as rows in the weights' own dtype; products with them run in float64."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Coefficients = NDArray[np.float64]
+
+ROWS = 16
+"""Vectors stored in one matrix; memory grows by this many."""
+COLUMNS = 1 << 14
+"""Entries of each vector converted to float64 at a time: a tile of 2 MiB, which stays in the cache."""
+
+
+class Basis:
+    """Vectors as rows; orthonormal where each is appended after :meth:`project_out` and scaling to length 1.
+
+    Args:
+        size: entries of a vector.
+        dtype: in which they are stored.
+        device: where.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._blocks: list[Tensor] = []
+        self._size, self._dtype, self.device = size, dtype, device
+        self.length = 0
+
+    def append(self, vector: Tensor) -> None:
+        """Add a row."""
+        if self.length == len(self._blocks) * ROWS:
+            self._blocks.append(torch.empty(ROWS, self._size, dtype=self._dtype, device=self.device))
+        self._blocks[-1][self.length % ROWS] = vector
+        self.length += 1
+
+    def row(self, index: int) -> Tensor:
+        """Row ``index``, (size,)."""
+        return self._blocks[index // ROWS][index % ROWS]
+
+    def products(self, vector: Tensor) -> Tensor:
+        """⟨row, vector⟩ of every row, (length,), float64."""
+        found = torch.zeros(self.length, dtype=torch.float64, device=self.device)
+        for rows, columns, tile in self._tiles():
+            found[rows] += tile @ vector[columns].double()
+        return found
+
+    def project_out(self, vector: Tensor) -> Tensor:
+        """Take the projection on the rows away from ``vector``, (size,) of float64, in place and twice.
+
+        Returns:
+            What was taken away, as coefficients of the rows, (length,).
+        """
+        first = self.products(vector)
+        second = torch.zeros_like(first)
+        for columns, tiles in self._columns():
+            part = vector[columns]
+            for rows, tile in tiles:
+                part -= first[rows] @ tile
+            for rows, tile in tiles:  # in the same visit, while the tile is in the cache
+                second[rows] += tile @ part
+        for rows, columns, tile in self._tiles():
+            vector[columns] -= second[rows] @ tile
+        return first + second
+
+    def combination(self, coefficients: Coefficients) -> Tensor:
+        """Σ_i coefficients_i·row_i, float64: (size,), or (m, size) for coefficients (length, m)."""
+        weights = torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(self.device)
+        result = torch.zeros(*weights.shape[:-1], self._size, dtype=torch.float64, device=self.device)
+        for rows, columns, tile in self._tiles():
+            result[..., columns] += weights[..., rows] @ tile
+        return result
+
+    def compressed(self, coefficients: Coefficients) -> "Basis":
+        """A basis of combinations of the rows: ``coefficients`` (length, m)."""
+        result = Basis(self._size, self._dtype, self.device)
+        for column in coefficients.T:
+            result.append(self.combination(column))
+        return result
+
+    def truncate(self, length: int) -> None:
+        """Forget the rows from ``length`` on."""
+        self.length = min(self.length, length)
+
+    def residual_norms(self, images: "Basis", coefficients: Coefficients, values: Coefficients) -> Coefficients:
+        """‖Σ_i c_ij·images_i − values_j·Σ_i c_ij·row_i‖ of every column j of ``coefficients``, (m,)."""
+        weights = torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(self.device)
+        scale = torch.from_numpy(values).to(self.device).unsqueeze(1)
+        squares = torch.zeros(len(weights), dtype=torch.float64, device=self.device)
+        for (_, own), (_, theirs) in zip(self._columns(), images._columns(), strict=True):
+            pairs = zip(own, theirs, strict=True)
+            parts = [weights[:, rows] @ image - scale * (weights[:, rows] @ tile) for (rows, tile), (_, image) in pairs]
+            squares += torch.stack(parts).sum(0).square().sum(1)
+        return squares.sqrt().cpu().numpy()
+
+    def _columns(self) -> Iterator[tuple[slice, list[tuple[slice, Tensor]]]]:
+        """Per stretch of columns: where it lies, and every block's rows there in float64."""
+        for start in range(0, self._size, COLUMNS):
+            columns = slice(start, start + COLUMNS)
+            tiles = []
+            for i, block in enumerate(self._blocks):
+                rows = slice(i * ROWS, min((i + 1) * ROWS, self.length))
+                tiles.append((rows, block[: rows.stop - rows.start, columns].double()))
+            yield columns, tiles
+
+    def _tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        for columns, tiles in self._columns():
+            for rows, tile in tiles:
+                yield rows, columns, tile

@@ -1,0 +1,147 @@
+"""Operators whose products walk through autograd graphs: kept between products as far as memory allows, or rebuilt."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from analysis.core.objective import Objective
+from analysis.core.space import WeightSpace
+from analysis.curvature.operator import CurvatureOperator
+from analysis.curvature.probe import check_autocast
+from bilora.errors import UserError
+
+Graphs = Literal["auto", "retain", "rebuild"]
+
+GRAPH_BUDGET = 2 << 30
+"""Bytes that graphs kept between products may take with ``graphs="auto"``."""
+
+
+class GraphOperator(CurvatureOperator):
+    """Products batch by batch through a graph that serves all vectors of a call.
+
+    Args:
+        objective: the mean loss.
+        space: where, and with respect to which weights. They must not change during the operator's life.
+        graphs: ``"retain"`` keeps every batch's graph from the first product on, ``"rebuild"`` none, ``"auto"`` as many
+            as fit into ``budget``. The numbers are the same.
+        budget: bytes, for ``"auto"``.
+        autocast: run the model under autocast in this dtype, with the float32 weights as masters.
+
+    Attributes:
+        as :class:`CurvatureOperator`.
+
+    Raises:
+        UserError: an unknown ``graphs`` or ``autocast``, or as :class:`CurvatureOperator`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        space: WeightSpace,
+        *,
+        graphs: Graphs = "auto",
+        budget: int = GRAPH_BUDGET,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if graphs not in ("auto", "retain", "rebuild"):
+            raise UserError(f"graphs is {graphs!r}: choose auto, retain or rebuild")
+        check_autocast(autocast)
+        super().__init__(objective, space)
+        if autocast is not None:
+            self.label = f"{self.label} {str(autocast).removeprefix('torch.')} autocast".strip()
+        self._autocast = autocast
+        self._graphs: dict[int, Any] = {}
+        self._meter = GraphMeter(space)
+        self._room = {"auto": budget, "retain": None, "rebuild": 0}[graphs]
+
+    @property
+    def retained(self) -> int:
+        """Number of batches whose graph is kept."""
+        return len(self._graphs)
+
+    def close(self) -> None:
+        """Free the kept graphs. Products go on working, rebuilt each time."""
+        self._graphs.clear()
+        self._room = 0
+
+    @abstractmethod
+    def _build(self, index: int) -> Any:
+        """What products with batch ``index`` share."""
+
+    @abstractmethod
+    def _product(self, graph: Any, parts: list[Tensor], retain: bool) -> Sequence[Tensor | None]:
+        """One batch's product with the vector ``parts``; None for parameters on which it is zero."""
+
+    def _summed(self, rows: Tensor) -> Tensor:
+        totals = torch.zeros(rows.shape, dtype=torch.float64, device=self.device)
+        shapes = list(self.space.parameters.values())
+        vectors = [
+            [part.view_as(p) for part, p in zip(row.split([p.numel() for p in shapes]), shapes, strict=True)]
+            for row in rows
+        ]
+        with self._shared(totals):
+            for index in self._mine:
+                graph, kept = self._graph(index)
+                for i, parts in enumerate(vectors):
+                    retain = kept or i < len(vectors) - 1
+                    self._add(totals[i], self._product(graph, parts, retain), self._share(index))
+                del graph  # else two batches' graphs are alive while the next is built
+        return totals
+
+    def _graph(self, index: int) -> tuple[Any, bool]:
+        """The batch's graph, and whether it outlives this call."""
+        if index in self._graphs:
+            return self._graphs[index], True
+        if self._room is not None and self._meter.bytes >= self._room:
+            return self._build_now(index), False
+        with self._meter.counting():
+            graph = self._build_now(index)
+        if self._room is None or self._meter.bytes <= self._room:
+            self._graphs[index] = graph
+        return graph, index in self._graphs
+
+    def _build_now(self, index: int) -> Any:
+        # The fused attention kernels have no second derivative (pytorch#116350); the decomposed one is exact.
+        with sdpa_kernel(SDPBackend.MATH):
+            return self._build(index)
+
+    def _output(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Loss and logits of batch ``index``."""
+        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+            return self.objective.batch_output(self.space, index)
+
+
+class GraphMeter:
+    """Counts the bytes that the graphs built inside :meth:`counting` keep alive beyond the space's model.
+
+    Attributes:
+        bytes: so far.
+    """
+
+    def __init__(self, space: WeightSpace) -> None:
+        self.bytes = 0
+        self._model = {p.untyped_storage().data_ptr() for p in space.model.parameters()}
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is saved inside the block."""
+        seen = set(self._model)  # an address may be used again once its tensor is freed
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+            return tensor.detach()  # a saved output that kept its own graph would be a cycle, never freed
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _same):
+            yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,287 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.core import COLUMNS, Objective, WeightSpace
+from analysis.curvature.density import MEASURE, Axis, SpectralDensity, lanczos_quadrature, spectral_density
+from bilora.errors import UserError
+from bilora.seeds import generator_for
+from tests.oracles import tiny
+
+EXAMPLES = tiny.examples()
+BATCHES = [tiny.padded(part) for part in tiny.split(EXAMPLES)]
+BUILD = {"full": WeightSpace.full, "lora": WeightSpace.lora}
+
+SPECTRA = {
+    "indefinite": np.concatenate([[12, 9], np.geomspace(3, 1e-2, 38), -np.geomspace(4, 1e-2, 20)]),
+    "clustered": np.concatenate([[20, 20.001, 20.002], np.linspace(-0.1, 0.1, 57)]),
+    "multiple": np.repeat([8.0, 3.0, -1.0, 0.5], 15),
+}
+
+
+class Dense:
+    """A symmetric matrix, or its diagonal, that remembers how many rows each call had."""
+
+    def __init__(self, matrix, dtype=torch.float64):
+        self.matrix = torch.as_tensor(matrix).to(dtype)
+        self.size, self.dtype, self.device = len(self.matrix), dtype, torch.device("cpu")
+        self.products, self.calls = 0, []
+
+    def matmat(self, rows):
+        self.products += len(rows)
+        self.calls.append(len(rows))
+        return rows * self.matrix if self.matrix.dim() == 1 else rows @ self.matrix
+
+
+def with_spectrum(values):
+    Q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((len(values), len(values))))
+    return (Q * values) @ Q.T
+
+
+def quadrature(matrix, **settings):
+    operator = Dense(matrix)
+    nodes, weights = lanczos_quadrature(operator, **settings)
+    return SpectralDensity(nodes, weights, operator.size, operator.products, "full", "train", "")
+
+
+def start(size, seed, run):
+    vector = torch.randn(size, generator=generator_for("density", seed, run)).double().numpy()
+    return vector / np.linalg.norm(vector)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_each_run_is_a_gauss_rule(name):
+    H = with_spectrum(SPECTRA[name])
+    nodes, weights = lanczos_quadrature(Dense(H), runs=3, steps=6, seed=2)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-12)
+    assert (weights >= 0).all()
+    for run in range(3):
+        v = start(60, 2, run)
+        moment = v
+        for degree in range(12):
+            size = np.abs(SPECTRA[name]).max() ** degree
+            assert weights[run] @ nodes[run] ** degree == pytest.approx(v @ moment, abs=1e-11 * size)
+            moment = H @ moment
+
+
+def test_as_many_steps_as_entries_find_every_eigenvalue():
+    values = np.linspace(-2, 5, 30)
+    nodes, weights = lanczos_quadrature(Dense(with_spectrum(values)), runs=2, steps=100)
+    assert nodes.shape == (2, 30)
+    Q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((30, 30)))
+    for run in range(2):
+        np.testing.assert_allclose(nodes[run], values, atol=1e-8)
+        np.testing.assert_allclose(weights[run], (Q.T @ start(30, 0, run)) ** 2, atol=1e-8)
+
+
+def test_a_run_that_meets_an_invariant_space_ends_and_is_padded_by_zero_weights():
+    found = quadrature(with_spectrum(np.array([4.0, -2.0] + [0.0] * 30)), runs=4, steps=10)
+    assert found.products == 4 * 3
+    np.testing.assert_allclose(np.sort(found.nodes[:, :3], axis=1), [[-2, 0, 4]] * 4, atol=1e-12)
+    assert not found.weights[:, 3:].any()
+    np.testing.assert_allclose(found.weights.sum(axis=1), 1, rtol=1e-12)
+
+
+def test_a_zero_matrix_is_a_single_node():
+    found = quadrature(np.zeros((20, 20)), runs=3, steps=5)
+    assert found.products == 3
+    assert found.trace().value == found.frobenius_norm().value == found.effective_dimension(0.1).value == 0
+    assert math.isnan(found.negative_share().value)
+    assert np.isfinite(found.density().value).all()
+
+
+def exact_numbers(values, alpha):
+    positive = np.maximum(values, 0)
+    return {
+        "trace": values.sum(),
+        "frobenius_norm": np.linalg.norm(values),
+        "negative_share": np.maximum(-values, 0).sum() / np.abs(values).sum(),
+        "effective_dimension": (positive / (positive + alpha)).sum(),
+    }
+
+
+def estimated_numbers(density, alpha):
+    return {
+        "trace": density.trace(),
+        "frobenius_norm": density.frobenius_norm(),
+        "negative_share": density.negative_share(),
+        "effective_dimension": density.effective_dimension(alpha),
+    }
+
+
+@pytest.mark.parametrize("name", ["indefinite", "multiple"])
+def test_summaries_are_those_of_the_spectrum_and_their_spread_is_the_reported_error(name):
+    H, exact = with_spectrum(SPECTRA[name]), exact_numbers(SPECTRA[name], 0.5)
+    seeds = [estimated_numbers(quadrature(H, runs=12, steps=30, seed=seed), 0.5) for seed in range(60)]
+    for quantity, expected in exact.items():
+        values = np.array([found[quantity].value for found in seeds])
+        spread = values.std(ddof=1)
+        # Roots and ratios of means are off by a share of their variance: 1/24 of its relative size for a root.
+        curved = 0 if quantity in ("trace", "effective_dimension") else spread**2 / expected
+        assert abs(values.mean() - expected) <= 4 * spread / math.sqrt(60) + curved, quantity
+        reported = math.sqrt(np.mean([found[quantity].standard_error ** 2 for found in seeds]))
+        assert reported == pytest.approx(spread, rel=0.3), quantity
+
+
+def test_two_steps_suffice_for_trace_and_norm():
+    H = with_spectrum(SPECTRA["indefinite"])
+    short, long = (quadrature(H, runs=4, steps=steps) for steps in (2, 20))
+    assert short.trace().value == pytest.approx(long.trace().value, rel=1e-10)
+    assert short.frobenius_norm().value == pytest.approx(long.frobenius_norm().value, rel=1e-10)
+
+
+@pytest.mark.parametrize("axis", [Axis(), Axis(0.05)])
+def test_the_density_is_the_smoothed_spectrum(axis):
+    values = SPECTRA["indefinite"]
+    found = quadrature(with_spectrum(values), runs=80, steps=60)
+    grid, width = np.linspace(-6, 14, 81), 0.3 if math.isinf(axis.linear) else 0.02
+    u = axis.position(grid)
+    kernel = np.exp(-0.5 * ((u[:, None] - axis.position(values)) / width) ** 2) / (width * math.sqrt(2 * math.pi))
+    # Per unit eigenvalue: the kernel times du/dλ, here by differences.
+    slope = (axis.position(grid + 1e-6) - axis.position(grid - 1e-6)) / 2e-6
+    expected = kernel.mean(axis=1) * slope
+    density = found.density(grid, width, axis=axis)
+    assert (np.abs(density.value - expected) <= 4.5 * density.standard_error + 1e-9).all()
+    assert (density.standard_error[expected > 1e-3] < 0.6 * expected[expected > 1e-3]).all()
+
+
+@pytest.mark.parametrize("scale", ["linear", "symlog"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_density_on_its_own_grid_integrates_to_one(name, scale):
+    nodes, weights = lanczos_quadrature(Dense(with_spectrum(SPECTRA[name])), runs=4, steps=20)
+    found = SpectralDensity(nodes, weights, 60, 80, "full", "train", "", scale=scale, points=4001)
+    assert np.trapezoid(found.density().value, found.grid()) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_symmetric_logarithm_resolves_what_lies_decades_apart():
+    values = np.concatenate([np.full(50, 1e-2), np.full(40, -3e-2), np.full(10, 10.0)])
+    nodes, weights = lanczos_quadrature(Dense(with_spectrum(values)), runs=60, steps=10)
+    found = SpectralDensity(nodes, weights, 100, 180, "full", "train", "", points=20001)
+    grid, density = found.grid(), found.density().value
+    for low, high, share in ((-0.1, -0.002, 0.4), (0.002, 0.1, 0.5), (1, 100, 0.1)):
+        inside = (grid > low) & (grid < high)
+        assert np.trapezoid(density[inside], grid[inside]) == pytest.approx(share, abs=0.05)
+        assert grid[inside][density[inside].argmax()] == pytest.approx(
+            {0.4: -3e-2, 0.5: 1e-2, 0.1: 10.0}[share], rel=0.1
+        )
+
+
+def test_an_axis_and_its_inverse():
+    values = np.array([-30.0, -0.01, 0.0, 1e-5, 2.0])
+    for axis in (Axis(), Axis(0.1)):
+        np.testing.assert_allclose(axis.eigenvalue(axis.position(values)), values, rtol=1e-12)
+    np.testing.assert_allclose(Axis(0.1).position(np.array([1e-5])), 1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("memory", "together"), [(1, 1), (2 * 48 * 60 * 8, 2), (1 << 30, 5)])
+def test_the_memory_decides_how_many_runs_go_together_and_nothing_else(memory, together):
+    H = with_spectrum(SPECTRA["indefinite"])
+    expected = lanczos_quadrature(Dense(H), runs=5, steps=40)
+    operator = Dense(H)
+    found = lanczos_quadrature(operator, runs=5, steps=40, memory=memory)
+    assert max(operator.calls) == together
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-9)
+
+
+def test_a_seed_names_the_runs_and_more_runs_begin_with_those_of_fewer():
+    H = with_spectrum(SPECTRA["indefinite"])
+    few, many, other = (
+        lanczos_quadrature(Dense(H), runs=runs, steps=8, seed=seed)[0] for runs, seed in ((2, 1), (5, 1), (2, 2))
+    )
+    np.testing.assert_allclose(few, many[:2], rtol=1e-10)
+    assert (np.abs(few - other) > 1e-6).any()
+
+
+def test_a_million_entries_in_float32_give_the_quadratic_forms_of_the_starts():
+    diagonal = torch.cat([torch.linspace(50, 100, 20), torch.linspace(-1e-2, 2e-2, 999_980)])
+    nodes, weights = lanczos_quadrature(Dense(diagonal, torch.float32), runs=2, steps=8)
+    exact = diagonal.double().numpy()
+    for run in range(2):
+        v = start(1_000_000, 0, run)
+        for degree in (1, 2):
+            assert weights[run] @ nodes[run] ** degree == pytest.approx(v * v @ exact**degree, rel=1e-5)
+
+
+def test_one_run_has_no_standard_error():
+    found = quadrature(with_spectrum(SPECTRA["indefinite"]), runs=1, steps=10)
+    assert all(math.isnan(number.standard_error) for number in estimated_numbers(found, 1.0).values())
+    assert np.isnan(found.density().standard_error).all()
+    assert np.isfinite(found.density().value).all()
+
+
+@pytest.fixture(scope="module", params=BUILD)
+def case(request):
+    """(WeightSpace, eigenvalues of the dense Hessian) of a tiny BERT."""
+    model = tiny.with_lora(tiny.bert())
+    oracle = tiny.ClassifierOracle(tiny.bert(), tiny.factors_of(model), EXAMPLES, request.param)
+    return BUILD[request.param](model), np.linalg.eigvalsh(oracle.hessian().numpy())
+
+
+def test_the_summaries_of_a_model_are_those_of_its_dense_hessian(case):
+    space, values = case
+    found = spectral_density(Objective(BATCHES), space, runs=8, steps=20)
+    assert (found.size, found.products, found.space) == (len(values), 160, space.name)
+    alpha = float(values.max()) / 10
+    exact, estimated = exact_numbers(values, alpha), estimated_numbers(found, alpha)
+    for quantity, expected in exact.items():
+        number = estimated[quantity]
+        # 4 standard errors of 8 runs, and a percent for the rule at the kink of |λ|.
+        assert abs(number.value - expected) <= 4 * number.standard_error + 0.01 * abs(expected), quantity
+    assert found.nodes.max() <= values.max() * (1 + 1e-9)
+    assert found.nodes.min() >= values.min() * (1 + 1e-9)
+
+
+def test_rows_of_the_measure(case):
+    space, _ = case
+    calls = []
+    settings = MEASURE.settings(runs=3, steps=6, points=11, bounds=(-2.0, 5.0), alphas=(0.1, 2.0), scale="linear")
+    result = MEASURE.run(Objective(BATCHES, name="train"), space, settings, None, lambda *call: calls.append(call))
+    rows = result.rows()
+    assert all(tuple(r) == COLUMNS and r["measure"] == "density" for r in rows)
+    assert {(r["space"], r["split"], r["kind"]) for r in rows} == {(space.name, "train", "")}
+    points = [r for r in rows if r["quantity"] == "density"]
+    assert [r["index"] for r in points] == list(range(11))
+    np.testing.assert_allclose([r["radius"] for r in points], np.linspace(-2, 5, 11), rtol=1e-12)
+    np.testing.assert_array_equal([r["value"] for r in points], result.density().value)
+    np.testing.assert_array_equal([r["standard_error"] for r in points], result.density().standard_error)
+    rest = [(r["quantity"], r["radius"]) for r in rows if r["quantity"] != "density"]
+    assert [quantity for quantity, _ in rest] == [
+        "trace",
+        "frobenius_norm",
+        "negative_share",
+        "effective_dimension",
+        "effective_dimension",
+        "runs",
+        "products",
+    ]
+    assert [radius for quantity, radius in rest if quantity == "effective_dimension"] == [0.1, 2.0]
+    assert rows[-2]["value"] == 3
+    assert rows[-1]["value"] == 18
+    assert [call[:2] for call in calls] == [(3 * step, 18) for step in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"runs": 0}, "runs"),
+        ({"steps": 1}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"curvature": "fisher"}, "curvature"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, message):
+    space = WeightSpace.all(tiny.Quadratic([1.0, 2.0]))
+    with pytest.raises(UserError, match=message) as caught:
+        spectral_density(Objective([{"x": torch.zeros(2, 1)}]), space, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bounds": (1, 1)}, {"bounds": (0, math.inf)}, {"points": 1}, {"alphas": (0.0,)}, {"scale": "log"}]
+)
+def test_settings_of_the_measure_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        MEASURE.settings(**settings)
