@@ -96,7 +96,7 @@ def measure(
         try:
             with MeasuringBar() as bar:
                 frame = measure_subject(found, task, entries, unfinished, bar.watch)
-        except Interrupted:
+        except Interrupted as interrupt:
             so_far = rows_frame(interrupt.result.rows())
             replace_file(stopped, lambda path: so_far.to_parquet(path, index=False))
             _show(so_far, stopped)
