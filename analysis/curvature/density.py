@@ -22,7 +22,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from analysis.core.measure import Measure, Watch
+from analysis.core.measure import Interrupted, Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
@@ -237,11 +237,13 @@ def spectral_density(
 
     Raises:
         UserError: a setting out of range, or a loss or product that is not finite.
+        Interrupted: ``KeyboardInterrupt`` after the first step; its ``result`` is the density of the steps made.
     """
     DensitySettings.checked(runs=runs, steps=steps, seed=seed, curvature=curvature)
     with curvature_operator(objective, space, curvature, graphs=graphs, autocast=autocast) as operator:
-        nodes, weights = lanczos_quadrature(operator, runs=runs, steps=steps, seed=seed, memory=memory, watch=watch)
-        return SpectralDensity(
+        rules, interrupted = _quadrature(operator, runs, steps, seed, memory, watch, keep=True)
+        nodes, weights = _padded(rules)
+        density = SpectralDensity(
             nodes=nodes,
             weights=weights,
             size=operator.size,
@@ -250,6 +252,9 @@ def spectral_density(
             split=objective.name,
             label=operator.label,
         )
+    if interrupted:
+        raise Interrupted(density)
+    return density
 
 
 def lanczos_quadrature(
@@ -267,25 +272,61 @@ def lanczos_quadrature(
         UserError: a setting out of range.
     """
     DensitySettings.checked(runs=runs, steps=steps, seed=seed)
+    return _padded(_quadrature(operator, runs, steps, seed, memory, watch)[0])
+
+
+Rule = tuple[Coefficients, Coefficients]
+"""Nodes and weights of one run."""
+
+
+def _quadrature(
+    operator: SymmetricOperator,
+    runs: int,
+    steps: int,
+    seed: int,
+    memory: int,
+    watch: Watch | None,
+    *,
+    keep: bool = False,
+) -> tuple[list[Rule], bool]:
+    """The rule of each run, and whether an interrupt cut them short, which passes through unless ``keep``.
+
+    A run that was cut short has the rule of the steps it made.
+    """
     steps = min(steps, operator.size)
     stored = ROWS * math.ceil(steps / ROWS) * operator.size * torch.finfo(operator.dtype).bits // 8
     together = max(1, memory // stored)
     before, most = operator.products, runs * steps
-    nodes, weights = np.zeros((runs, steps)), np.zeros((runs, steps))
-    for first in range(0, runs, together):
-        group = [_Run(operator, seed, number, steps) for number in range(first, min(first + together, runs))]
-        for _ in range(steps):
-            active = [run for run in group if not run.ended]
-            if not active:
-                break
-            products = operator.matmat(torch.stack([run.vector for run in active]))
-            for run, product in zip(active, products, strict=True):
-                run.advance(product)
-            if watch is not None:
-                watch(operator.products - before, most, f"runs {first + 1} to {first + len(group)} of {runs}")
-        for number, run in enumerate(group, start=first):
-            theta, w = run.rule()
-            nodes[number, : len(theta)], weights[number, : len(theta)] = theta, w
+    rules: list[Rule] = []
+    group: list[_Run] = []
+    interrupted = False
+    try:
+        for first in range(0, runs, together):
+            group = [_Run(operator, seed, number, steps) for number in range(first, min(first + together, runs))]
+            for _ in range(steps):
+                active = [run for run in group if not run.ended]
+                if not active:
+                    break
+                products = operator.matmat(torch.stack([run.vector for run in active]))
+                for run, product in zip(active, products, strict=True):
+                    run.advance(product)
+                if watch is not None:
+                    watch(operator.products - before, most, f"runs {first + 1} to {first + len(group)} of {runs}")
+            rules, group = [*rules, *(run.rule() for run in group)], []
+    except KeyboardInterrupt:
+        rules += [run.rule() for run in group if run.begun]
+        if not rules or not keep:
+            raise
+        interrupted = True
+    return rules, interrupted
+
+
+def _padded(rules: list[Rule]) -> Rule:
+    """(runs, steps) of nodes and of weights; shorter rules are filled with nodes 0 of weight 0."""
+    longest = max(len(theta) for theta, _ in rules)
+    nodes, weights = np.zeros((len(rules), longest)), np.zeros((len(rules), longest))
+    for number, (theta, w) in enumerate(rules):
+        nodes[number, : len(theta)], weights[number, : len(theta)] = theta, w
     return nodes, weights
 
 
@@ -307,6 +348,11 @@ class _Run:
         """The one to multiply next, (n,)."""
         return self._basis.row(self._basis.length - 1)
 
+    @property
+    def begun(self) -> bool:
+        """Whether it has made a step."""
+        return bool(self._diagonal)
+
     def advance(self, product: Tensor) -> None:
         """Take H times :attr:`vector`."""
         self._diagonal.append(tensor_dot(product, self.vector))
@@ -325,7 +371,8 @@ class _Run:
 
     def rule(self) -> tuple[Coefficients, Coefficients]:
         """(θ, w), (steps made,) each."""
-        theta, vectors = eigh_tridiagonal(np.array(self._diagonal), np.array(self._off_diagonal))
+        beside = self._off_diagonal[: len(self._diagonal) - 1]  # the last leads to a vector not multiplied yet
+        theta, vectors = eigh_tridiagonal(np.array(self._diagonal), np.array(beside))
         return theta.astype(np.float64), np.square(vectors[0].astype(np.float64))
 
     def _append(self, vector: Tensor) -> None:

@@ -18,6 +18,7 @@ of Hutchinson's mean of ``ωᵀ·H·ω`` (random signs ω; memory O(n)) as 1/√
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ import torch
 from scipy.linalg import solve_triangular
 from torch import Tensor
 
-from analysis.core.measure import Measure, Watch
+from analysis.core.measure import Interrupted, Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
@@ -133,20 +134,26 @@ def trace(
 
     Raises:
         UserError: a setting out of range, or a loss or product that is not finite.
+        Interrupted: ``KeyboardInterrupt`` after the first estimate; its ``result`` is the last one.
     """
     settings = TraceSettings.checked(
         tolerance=tolerance, max_products=max_products, seed=seed, curvature=curvature, backend=backend
     )
+    interrupted = False
     if settings.backend == "pyhessian":
         if autocast is not None:
             raise UserError("PyHessian multiplies in the weights' own precision: use backend='xtrace' with autocast")
         found, label = _pyhessian(objective, space, tolerance, max_products, seed), ""
     else:
-        estimate = xtrace if settings.backend == "xtrace" else hutchinson
+        estimates = _xtrace_estimates if settings.backend == "xtrace" else _hutchinson_estimates
         with curvature_operator(objective, space, curvature, graphs=graphs, autocast=autocast) as operator:
-            found = estimate(operator, tolerance=tolerance, max_products=max_products, seed=seed, watch=watch)
+            running = estimates(operator, tolerance, max_products, seed)
+            found, interrupted = _last(running, max_products, watch, keep=True)
             label = operator.label
-    return Trace(**vars(found), space=space.name, split=objective.name, label=label, backend=backend)
+    result = Trace(**vars(found), space=space.name, split=objective.name, label=label, backend=backend)
+    if interrupted:
+        raise Interrupted(result)
+    return result
 
 
 def xtrace(
@@ -165,21 +172,7 @@ def xtrace(
         UserError: a setting out of range.
     """
     TraceSettings.checked(tolerance=tolerance, max_products=max_products, seed=seed)
-    before = operator.products
-    state = _XTrace(operator)
-    most = min(max_products // 2, operator.size)
-    found: TraceEstimate | None = None
-    while True:
-        block = range(state.count, min(state.count + PROBES, most))
-        state.extend(torch.stack([gaussian(operator, "trace", seed, i) for i in block]))
-        samples = state.samples()
-        products = operator.products - before
-        exact = state.count == operator.size
-        found = _estimate(samples, products, tolerance, state.rounding, found, exact=exact)
-        if watch is not None:
-            watch(products, max_products, f"{found.value:.3g} ± {found.standard_error:.1g}")
-        if found.converged or state.count == most:
-            return found
+    return _last(_xtrace_estimates(operator, tolerance, max_products, seed), max_products, watch)[0]
 
 
 def hutchinson(
@@ -196,18 +189,54 @@ def hutchinson(
         UserError: a setting out of range.
     """
     TraceSettings.checked(tolerance=tolerance, max_products=max_products, seed=seed)
+    return _last(_hutchinson_estimates(operator, tolerance, max_products, seed), max_products, watch)[0]
+
+
+def _last(
+    estimates: Iterator[TraceEstimate], max_products: int, watch: Watch | None, *, keep: bool = False
+) -> tuple[TraceEstimate, bool]:
+    """The last estimate, and whether it is the last because of an interrupt, which passes through unless ``keep``."""
+    found = None
+    try:
+        for found in estimates:
+            if watch is not None:
+                watch(found.products, max_products, f"{found.value:.3g} ± {found.standard_error:.1g}")
+    except KeyboardInterrupt:
+        if found is None or not keep:
+            raise
+        return found, True
+    assert found is not None
+    return found, False
+
+
+def _xtrace_estimates(
+    operator: SymmetricOperator, tolerance: float, max_products: int, seed: int
+) -> Iterator[TraceEstimate]:
+    before = operator.products
+    state = _XTrace(operator)
+    most = min(max_products // 2, operator.size)
+    found: TraceEstimate | None = None
+    while found is None or not (found.converged or state.count == most):
+        block = range(state.count, min(state.count + PROBES, most))
+        state.extend(torch.stack([gaussian(operator, "trace", seed, i) for i in block]))
+        exact = state.count == operator.size
+        products = operator.products - before
+        found = _estimate(state.samples(), products, tolerance, state.rounding, found, exact=exact)
+        yield found
+
+
+def _hutchinson_estimates(
+    operator: SymmetricOperator, tolerance: float, max_products: int, seed: int
+) -> Iterator[TraceEstimate]:
     samples: list[float] = []
     found: TraceEstimate | None = None
-    while True:
+    while found is None or not (found.converged or len(samples) == max_products):
         block = range(len(samples), min(len(samples) + PROBES, max_products))
         signs = torch.stack([rademacher(operator, "trace", seed, i) for i in block])
         samples += [tensor_dot(v, Hv) for v, Hv in zip(signs, operator.matmat(signs), strict=True)]
         rounding = 50 * torch.finfo(operator.dtype).eps * max(map(abs, samples))
         found = _estimate(np.array(samples), len(samples), tolerance, rounding, found)
-        if watch is not None:
-            watch(len(samples), max_products, f"{found.value:.3g} ± {found.standard_error:.1g}")
-        if found.converged or len(samples) == max_products:
-            return found
+        yield found
 
 
 class _XTrace:

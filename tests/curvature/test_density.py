@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from analysis.core import COLUMNS, Objective, WeightSpace
+from analysis.core.measure import Interrupted
 from analysis.curvature.density import MEASURE, Axis, SpectralDensity, lanczos_quadrature, spectral_density
 from bilora.errors import UserError
 from bilora.seeds import generator_for
 from tests.oracles import tiny
+from tests.oracles.operators import Dense
 
 EXAMPLES = tiny.examples()
 BATCHES = [tiny.padded(part) for part in tiny.split(EXAMPLES)]
@@ -19,20 +21,6 @@ SPECTRA = {
     "clustered": np.concatenate([[20, 20.001, 20.002], np.linspace(-0.1, 0.1, 57)]),
     "multiple": np.repeat([8.0, 3.0, -1.0, 0.5], 15),
 }
-
-
-class Dense:
-    """A symmetric matrix, or its diagonal, that remembers how many rows each call had."""
-
-    def __init__(self, matrix, dtype=torch.float64):
-        self.matrix = torch.as_tensor(matrix).to(dtype)
-        self.size, self.dtype, self.device = len(self.matrix), dtype, torch.device("cpu")
-        self.products, self.calls = 0, []
-
-    def matmat(self, rows):
-        self.products += len(rows)
-        self.calls.append(len(rows))
-        return rows * self.matrix if self.matrix.dim() == 1 else rows @ self.matrix
 
 
 def with_spectrum(values):
@@ -285,3 +273,19 @@ def test_bad_settings_are_one_line(settings, message):
 def test_settings_of_the_measure_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         MEASURE.settings(**settings)
+
+
+def test_an_interrupt_gives_the_density_of_the_steps_made():
+    model = tiny.Quadratic(np.linspace(-1.0, 3.0, 60).tolist())
+    objective, space = Objective([{"x": torch.zeros(2, 1)}]), WeightSpace.all(model)
+
+    def interrupt(done, most, note):
+        if done == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as caught:
+        spectral_density(objective, space, runs=5, steps=10, watch=interrupt)
+    shorter = spectral_density(objective, space, runs=5, steps=6)
+    assert caught.value.result.products == 30
+    np.testing.assert_allclose(caught.value.result.nodes, shorter.nodes, rtol=1e-12)
+    np.testing.assert_allclose(caught.value.result.weights, shorter.weights, rtol=1e-9)

@@ -7,22 +7,11 @@ from analysis.core import Objective, WeightSpace
 from analysis.curvature.diagonal import diagonal, rademacher_diagonal
 from bilora.errors import UserError
 from tests.oracles import tiny
+from tests.oracles.operators import Dense
 
 EXAMPLES = tiny.examples()
 BATCHES = [tiny.padded(part) for part in tiny.split(EXAMPLES)]
 BUILD = {"full": WeightSpace.full, "lora": WeightSpace.lora}
-
-
-class Dense:
-    """A symmetric matrix, or its diagonal."""
-
-    def __init__(self, matrix, dtype=torch.float64):
-        self.matrix = torch.as_tensor(matrix).to(dtype)
-        self.size, self.dtype, self.device, self.products = len(self.matrix), dtype, torch.device("cpu"), 0
-
-    def matmat(self, rows):
-        self.products += len(rows)
-        return rows * self.matrix if self.matrix.dim() == 1 else rows @ self.matrix
 
 
 def symmetric(size):

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from analysis.core import COLUMNS, Objective, WeightSpace
+from analysis.core.measure import Interrupted
 from analysis.curvature.trace import MEASURE, hutchinson, trace, xtrace
 from bilora.errors import UserError
 from bilora.seeds import generator_for
 from tests.oracles import tiny
+from tests.oracles.operators import Dense
 
 EXAMPLES = tiny.examples()
 BATCHES = [tiny.padded(part) for part in tiny.split(EXAMPLES)]
@@ -20,20 +22,6 @@ SPECTRA = {
     "indefinite": np.concatenate([np.geomspace(10, 1e-2, 40), -np.geomspace(4, 1e-2, 20)]),
     "multiple": np.repeat([8.0, 3.0, -1.0, 0.5], 15),
 }
-
-
-class Dense:
-    """A symmetric matrix that remembers what it was multiplied by."""
-
-    def __init__(self, matrix, dtype=torch.float64):
-        self.matrix = torch.as_tensor(matrix).to(dtype)
-        self.size, self.dtype, self.device = len(self.matrix), dtype, torch.device("cpu")
-        self.products, self.seen = 0, []
-
-    def matmat(self, rows):
-        self.products += len(rows)
-        self.seen += [row.clone() for row in rows]
-        return rows * self.matrix if self.matrix.dim() == 1 else rows @ self.matrix
 
 
 def with_spectrum(values):
@@ -275,3 +263,20 @@ def test_bad_settings_are_one_line(settings, message):
     with pytest.raises(UserError, match=message) as caught:
         trace(Objective([{"x": torch.zeros(2, 1)}]), space, **settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["xtrace", "hutchinson"])
+def test_an_interrupt_gives_the_estimate_so_far(backend):
+    model = tiny.Quadratic(np.linspace(-1.0, 3.0, 60).tolist())
+    objective, space = Objective([{"x": torch.zeros(2, 1)}]), WeightSpace.all(model)
+
+    def interrupt(done, most, note):
+        if done >= 24:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as caught:
+        trace(objective, space, tolerance=1e-6, backend=backend, watch=interrupt)
+    shorter = trace(objective, space, tolerance=1e-6, backend=backend, max_products=24)
+    assert caught.value.result.products == 24
+    assert caught.value.result.value == shorter.value
+    assert not caught.value.result.converged
