@@ -1,7 +1,16 @@
 """Measurements of trained weights: sharpness, curvature, landscapes, subspaces, in LoRA space and in full space."""
 
 from analysis.core import Objective, Trained, WeightSpace, load_trained
-from analysis.curvature import HessianOperator, top_eigenvalues
+from analysis.curvature import (
+    HessianOperator,
+    blocks_of,
+    curvature_operator,
+    diagonal,
+    layer_curvature,
+    spectral_density,
+    top_eigenvalues,
+    trace,
+)
 from analysis.frame import to_frame
 from analysis.landscape.lines import loss_lines
 from analysis.quality import quality
@@ -18,12 +27,18 @@ __all__ = [
     "Trained",
     "WeightSpace",
     "adversarial_sharpness",
+    "blocks_of",
+    "curvature_operator",
+    "diagonal",
+    "layer_curvature",
     "load_trained",
     "loss_lines",
     "measure_named",
     "quality",
     "random_sharpness",
+    "spectral_density",
     "subspace_overlap",
     "to_frame",
     "top_eigenvalues",
+    "trace",
 ]

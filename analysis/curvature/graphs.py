@@ -13,6 +13,7 @@ from analysis.core.objective import Objective
 from analysis.core.space import WeightSpace
 from analysis.curvature.operator import CurvatureOperator
 from analysis.curvature.probe import check_autocast
+from analysis.curvature.second_derivatives import StoredSecondDerivatives
 from bilora.errors import UserError
 
 Graphs = Literal["auto", "retain", "rebuild"]
@@ -99,7 +100,7 @@ class GraphOperator(CurvatureOperator):
             return self._graphs[index], True
         if self._room is not None and self._meter.bytes >= self._room:
             return self._build_now(index), False
-        with self._meter.counting():
+        with self._meter.counting(), StoredSecondDerivatives():
             graph = self._build_now(index)
         if self._room is None or self._meter.bytes <= self._room:
             self._graphs[index] = graph
