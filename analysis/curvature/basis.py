@@ -90,6 +90,7 @@ class Basis:
     def truncate(self, length: int) -> None:
         """Forget the rows from ``length`` on."""
         self.length = min(self.length, length)
+        del self._blocks[-(-self.length // ROWS) :]
 
     def residual_norms(self, images: "Basis", coefficients: Coefficients, values: Coefficients) -> Coefficients:
         """‖Σ_i c_ij·images_i − values_j·Σ_i c_ij·row_i‖ of every column j of ``coefficients``, (m,)."""

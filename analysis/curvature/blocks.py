@@ -36,8 +36,8 @@ def blocks_of(space: WeightSpace, by: str = "layer") -> dict[str, WeightSpace]:
 
 
 def layer_of(parameter: str) -> str:
-    """The layer a parameter belongs to: its name without the last part."""
-    return parameter.rpartition(".")[0]
+    """The layer a parameter belongs to: its name without the last part, if it has several."""
+    return parameter.rpartition(".")[0] or parameter
 
 
 def kind_of(layer: str) -> str:

@@ -1,6 +1,7 @@
 """The largest Hessian eigenvalues, each with its true residual."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ from bilora.seeds import generator_for
 Backend = Literal["lanczos", "pyhessian", "scipy"]
 Start = Literal["gradient", "random"]
 
+RANDOM_SHARE = 0.03
+"""Length of the random part of a start, relative to the gradient's or the given vectors'."""
 BASIS_BUDGET = 4 << 30
 """Bytes that Lanczos vectors and their products take at most, unless k needs more."""
 
@@ -41,7 +44,7 @@ class Spectrum:
 
     values: Coefficients  # (k,)
     residuals: Coefficients  # (k,) ‖H·v − λ·v‖/|λ|, from products
-    converged: NDArray[np.bool_]  # (k,) residual ≤ tolerance, or ‖H·v − λ·v‖ at the rounding of the products
+    converged: NDArray[np.bool_]  # (k,) residual ≤ tolerance, or zero as far as products in the weights' dtype can tell
     products: int  # operator–vector products, those of the residuals included
     space: str
     split: str
@@ -84,8 +87,9 @@ def top_eigenvalues(
     """The top ``k`` eigenvalues of ∇²L at the space's weights, by Lanczos with full reorthogonalisation.
 
     Iterates until the residual of every wanted pair is ≤ ``tolerance·|λ|``. The error of an eigenvalue is at most its
-    residual norm, and about its square over the gap to the next eigenvalue. An eigenvalue of multiplicity above
-    ``block`` may be listed ``block`` times: a Krylov space meets each eigenspace in so many directions.
+    residual norm, and about its square over the gap to the next eigenvalue. A small residual shows an eigenpair, not
+    that no other is wanted more: a Krylov space meets an eigenspace in ``block`` directions, so that an eigenvalue of
+    higher multiplicity (the zero of a singular matrix, with ``which="smallest"``) may be listed ``block`` times only.
 
     Args:
         objective: the mean loss.
@@ -96,14 +100,15 @@ def top_eigenvalues(
         which: largest magnitude, largest, smallest (most negative), or both ends in turn.
         seed: of the random start or restarts.
         start: first Lanczos vector. The gradient saves products and costs one gradient at most. Eigenvectors of a
-            nearby point (another adapter of the same base model: ``Spectrum.vectors``) save more; their sum is used.
+            nearby point (another adapter of the same base model: ``Spectrum.vectors``) save more; their sum is used. A
+            little noise is added, for either may be blind to what is wanted.
         block: Lanczos vectors a step; above 1 finds multiple eigenvalues, for more products.
         max_basis: Lanczos vectors kept before a restart, each with its product. Default: all, up to 4 GiB.
         curvature: ``"hessian"``, or ``"ggn"`` for the generalised Gauss–Newton matrix.
         backend: a second opinion on the same operator or objective. ``"pyhessian"`` runs PyHessian's power iteration
             (``which="magnitude"`` of the Hessian alone; ``tolerance`` is then the change of the eigenvalue between two
-            of its iterations and ``max_products`` the iterations for each pair); ``"scipy"`` runs ARPACK. The residuals
-            are ours in any case.
+            of its iterations and ``max_products`` the iterations for each pair); ``"scipy"`` runs ARPACK, which counts
+            restarts and may go beyond ``max_products`` by one. The residuals are ours in any case.
         graphs: keep the gradient's graphs between products, rebuild them, or keep as many as fit into 2 GiB.
         autocast: dtype in which the model runs, with the float32 weights as masters.
         differences: ``"central"`` or ``"one-sided"`` differences of the gradient instead of exact products, for a quick
@@ -116,7 +121,8 @@ def top_eigenvalues(
 
     Raises:
         UserError: a setting out of range, or a loss that is not finite or does not depend on the space.
-        Interrupted: ``KeyboardInterrupt`` after the first product; its ``result`` is the spectrum so far.
+        Interrupted: ``KeyboardInterrupt`` after the first product of our own Lanczos; its ``result`` is the spectrum so
+            far. Residuals of differences are not known then: NaN, and nothing has converged.
     """
     _check(space, k, tolerance, max_products, which, backend, start, block, max_basis, curvature, differences)
     with curvature_operator(
@@ -152,10 +158,13 @@ def top_eigenvalues(
     values, errors = found.values[order], found.errors[order]
     with np.errstate(divide="ignore", invalid="ignore"):
         residuals = np.where(errors == 0, 0.0, errors / np.abs(values))
+    if interrupted and differences is not None:  # their own products say nothing of the exact ones
+        residuals = np.full(len(values), np.nan)
+    floor = found.floor or rounding_floor(values, operator.dtype)
     spectrum = Spectrum(
         values=values,
         residuals=residuals,
-        converged=(residuals <= tolerance) | (errors <= rounding_floor(values, operator.dtype)),
+        converged=(residuals <= tolerance) | ((errors <= floor) & (np.abs(values) <= floor)),
         products=products,
         space=space.name,
         split=objective.name,
@@ -175,19 +184,20 @@ class _Pairs:
     errors: Coefficients
     vectors: list[Tensor]  # of length 1, in the weights' dtype
     products: int = 0  # made besides the operator's
+    floor: float = 0.0  # error at the rounding of products, where more of the spectrum is known than the values
 
 
 def _of_ritz(ritz: Ritz, *, vectors: bool) -> _Pairs:
     dtype = ritz.basis.row(0).dtype
     found = [ritz.vector(i).to(dtype) for i in range(len(ritz.values))] if vectors else []
-    return _Pairs(ritz.values, ritz.errors, found)
+    return _Pairs(ritz.values, ritz.errors, found, floor=ritz.floor)
 
 
 def _exact(objective: Objective, space: WeightSpace, found: _Pairs) -> _Pairs:
     """Approximate pairs with the errors that exact products show; the values stay what the differences gave."""
     with curvature_operator(objective, space, graphs="rebuild") as exact:
         errors = _rayleigh(exact, found.vectors, list(found.values)).errors
-        return _Pairs(found.values, errors, found.vectors, exact.products)
+        return _Pairs(found.values, errors, found.vectors, exact.products, found.floor)
 
 
 def _rayleigh(operator: CurvatureOperator, vectors: Sequence[Tensor], values: Sequence[float] | None = None) -> _Pairs:
@@ -208,15 +218,33 @@ def _start(
     operator: CurvatureOperator, start: Start | Sequence[Vector], block: int, generator: torch.Generator
 ) -> Tensor:
     rows = torch.randn(block, operator.size, generator=generator).to(operator.device, operator.dtype)
-    if start == "gradient":
-        gradient = operator.gradient()
-        if bool(gradient.any()):
-            rows[0] = gradient
-    elif not isinstance(start, str):
-        space = operator.space
-        flat = [space.flat(space.aligned(vector)).double() for vector in start]
-        rows[0] = torch.stack([vector / tensor_dot(vector, vector) ** 0.5 for vector in flat]).sum(0)
+    if start == "random":
+        return rows
+    first = operator.gradient() if start == "gradient" else _sum_of(start, operator.space)
+    length = tensor_dot(first, first) ** 0.5
+    if length:
+        # A gradient, or another point's eigenvectors, may have no part in what is wanted here.
+        rows[0] = first / length + rows[0] * (RANDOM_SHARE / tensor_dot(rows[0], rows[0]) ** 0.5)
     return rows
+
+
+def _sum_of(vectors: Any, space: WeightSpace) -> Tensor:
+    total = torch.zeros(space.size, dtype=torch.float64, device=space.device)
+    for vector in vectors:
+        if not isinstance(vector, Mapping) or vector.keys() != space.parameters.keys():
+            raise UserError(
+                f"a start vector does not name exactly the parameters of the {space.name} space: "
+                "give Spectrum.vectors of the same space"
+            )
+        try:
+            flat = space.flat(space.aligned(dict(vector))).double()
+        except ValueError as error:
+            raise UserError(f"a start vector does not fit the {space.name} space: {error}") from error
+        length = tensor_dot(flat, flat) ** 0.5
+        if not math.isfinite(length) or not length:
+            raise UserError("a start vector is zero or not finite: give eigenvectors of a nearby point")
+        total += flat / length
+    return total
 
 
 def _default_basis(operator: CurvatureOperator, k: int, block: int, max_products: int) -> int:
@@ -246,8 +274,9 @@ def _check(
         raise UserError("start holds no vector: choose gradient or random, or give eigenvectors of a nearby point")
     if backend not in ("lanczos", "pyhessian", "scipy"):
         raise UserError(f"backend is {backend!r}: choose lanczos, pyhessian or scipy")
-    if backend == "pyhessian" and (which != "magnitude" or curvature != "hessian" or differences):
-        raise UserError("PyHessian finds Hessian eigenvalues of largest magnitude alone: use backend='lanczos'")
+    problem = _combination(which, k, backend, curvature, differences)
+    if problem:
+        raise UserError(problem)
     if not 1 <= k <= space.size:
         raise UserError(f"k is {k}: choose from 1 to {space.size}, the size of the {space.name} space")
     if not 0 < tolerance < 1:
@@ -258,6 +287,17 @@ def _check(
         raise UserError(f"block is {block}: choose from 1 to {space.size}, the size of the {space.name} space")
     if max_basis is not None and max_basis < k + 2 * block + 1:
         raise UserError(f"max_basis is {max_basis}: {k} pairs in blocks of {block} need at least {k + 2 * block + 1}")
+
+
+def _combination(which: str, k: int, backend: str, curvature: str, differences: str | None) -> str:
+    """What is wrong with settings that are right one by one; empty if nothing is."""
+    if backend == "pyhessian" and (which != "magnitude" or curvature != "hessian" or differences):
+        return "PyHessian finds Hessian eigenvalues of largest magnitude alone: use backend='lanczos'"
+    if backend == "scipy" and which == "both" and k == 1:
+        return "ARPACK needs k of 2 or more for both ends: use backend='lanczos'"
+    if differences is not None and curvature == "ggn":
+        return "finite differences approximate the Hessian: leave out differences, or ggn"
+    return ""
 
 
 class SpectrumSettings(MeasureSettings):
@@ -277,6 +317,9 @@ class SpectrumSettings(MeasureSettings):
     def _enough_products(self) -> "SpectrumSettings":
         if self.max_products < self.k:
             raise ValueError(f"max_products must be at least {self.k} for k = {self.k}")
+        problem = _combination(self.which, self.k, self.backend, self.curvature, self.differences)
+        if problem:
+            raise ValueError(problem)
         return self
 
 

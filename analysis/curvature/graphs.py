@@ -53,6 +53,8 @@ class GraphOperator(CurvatureOperator):
             raise UserError(f"graphs is {graphs!r}: choose auto, retain or rebuild")
         check_autocast(autocast)
         super().__init__(objective, space)
+        if autocast is not None and self.dtype == torch.float64:
+            raise UserError("autocast leaves float64 weights alone: measure a float32 model, or leave autocast out")
         if autocast is not None:
             self.label = f"{self.label} {str(autocast).removeprefix('torch.')} autocast".strip()
         self._autocast = autocast

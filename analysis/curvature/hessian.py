@@ -37,5 +37,4 @@ class HessianOperator(GraphOperator):
         )
 
     def _batch_gradient(self, index: int) -> Sequence[Tensor]:
-        graph, kept = self._graph(index)
-        return graph if kept else super()._batch_gradient(index)
+        return self._graph(index)[0]

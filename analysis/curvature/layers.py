@@ -63,7 +63,7 @@ def layer_curvature(
         seed: of probes and restarts.
         curvature: ``"hessian"`` or ``"ggn"``.
         graphs: as in :func:`~analysis.curvature.eigen.top_eigenvalues`.
-        watch: told of (blocks done, blocks, the next one's name).
+        watch: told of (blocks done, blocks, the present one with its products and residual or error).
 
     Raises:
         UserError: a setting out of range, or a loss that is not finite or does not depend on a block.
@@ -74,15 +74,25 @@ def layer_curvature(
     found: dict[str, tuple[Spectrum, Trace]] = {}
     try:
         for name, part in blocks.items():
-            if watch is not None:
-                watch(len(found), len(blocks), name)
+            common["watch"] = _inside(watch, len(found), len(blocks), name)
             top = top_eigenvalues(objective, part, 1, tolerance=tolerance, **common)
             found[name] = top, trace(objective, part, tolerance=trace_tolerance, **common)
     except KeyboardInterrupt as interrupt:
-        if not found:
-            raise
+        if not found:  # what a block had found would pass for the whole space
+            raise KeyboardInterrupt from None
         raise Interrupted(LayerCurvature(found)) from interrupt
     return LayerCurvature(found)
+
+
+def _inside(watch: Watch | None, done: int, blocks: int, name: str) -> Watch | None:
+    """Progress of one block, told as part of the whole."""
+    if watch is None:
+        return None
+
+    def tell(products: int, most: int, note: str) -> None:
+        watch(done, blocks, f"{name}: {products} products, {note}")
+
+    return tell
 
 
 class LayersSettings(MeasureSettings):

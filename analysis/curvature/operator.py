@@ -86,7 +86,7 @@ class CurvatureOperator(ABC):
         Raises:
             UserError: the loss or the product is not finite, or the loss depends on no parameter of the space.
             ValueError: the vector does not fit the space.
-            RuntimeError: the space's weights were replaced since the operator was made.
+            RuntimeError: the space's weights were changed since the operator was made.
         """
         return self.many([vector])[0]
 
@@ -115,7 +115,8 @@ class CurvatureOperator(ABC):
                 f"rows have shape {tuple(rows.shape)}: the {self.space.name} space has {self.size} entries"
             )
         self._check_point()
-        totals = self._summed(rows.to(self.device, self.dtype))
+        with torch.inference_mode(False), torch.enable_grad():
+            totals = self._summed(rows.detach().to(self.device, self.dtype))
         self.products += len(rows)
         result = totals.to(self.dtype)
         if not bool(result.isfinite().all()):
@@ -129,7 +130,11 @@ class CurvatureOperator(ABC):
             UserError: it is not finite.
         """
         self._check_point()
-        with self._shared(torch.zeros(1, self.size, dtype=torch.float64, device=self.device)) as totals:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            self._shared(torch.zeros(1, self.size, dtype=torch.float64, device=self.device)) as totals,
+        ):
             for index in self._mine:
                 self._add(totals[0], self._batch_gradient(index), self._share(index))
         if not bool(totals.isfinite().all()):
@@ -194,8 +199,8 @@ class CurvatureOperator(ABC):
 
     def _check_point(self) -> None:
         if _addresses(self.space) != self._at:
-            raise RuntimeError("the weights were replaced since this operator was made: make one at the new point")
+            raise RuntimeError("the weights were changed since this operator was made: make one at the new point")
 
 
-def _addresses(space: WeightSpace) -> list[int]:
-    return [p.data_ptr() for p in space.parameters.values()]
+def _addresses(space: WeightSpace) -> list[tuple[int, int]]:
+    return [(p.data_ptr(), p._version) for p in space.parameters.values()]

@@ -46,8 +46,10 @@ def check_deterministic(objective: Objective, space: WeightSpace) -> None:
         UserError: active dropout or batch statistics, or a loss that differs between the passes.
     """
     for name, module in space.model.named_modules():
-        if module.training and isinstance(module, _BatchNorm):
-            raise UserError(f"{name} uses the statistics of the batch: call space.model.eval() first")
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise UserError(
+                f"{name} uses the statistics of the batch: call space.model.eval() first, with track_running_stats"
+            )
         if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise UserError(f"{name} is active dropout: call space.model.eval() first")
     sizes = [sum(tensor.numel() for tensor in batch.values()) for batch in objective.batches]

@@ -20,11 +20,16 @@ from bilora.seeds import generator_for
 def pyhessian_engine(objective: Objective, space: WeightSpace, seed: int) -> Iterator[tuple[Any, "LossModel"]]:
     """PyHessian's ``hessian`` of the objective, and the model it runs, which counts its losses.
 
-    Inside, the global random state is seeded for PyHessian's starts; afterwards it is as before, and no parameter holds
-    a gradient.
+    Inside, the global random state is seeded for PyHessian's starts and nothing but the space requires a gradient, by
+    which PyHessian chooses parameters; afterwards all is as before.
     """
     adapter = LossModel(objective, space)
     devices = [space.device] if space.device.type == "cuda" else []
+    own = set(space.parameters.values())
+    others = [p for p in space.model.parameters() if p.requires_grad and p not in own]
+    held = [(p, p.grad) for p in own]
+    for parameter in others:
+        parameter.requires_grad_(False)
     try:
         with torch.random.fork_rng(devices), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.filterwarnings("ignore", message=".*backward.*create_graph.*")
@@ -32,8 +37,10 @@ def pyhessian_engine(objective: Objective, space: WeightSpace, seed: int) -> Ite
             batches = _Batches(objective)
             yield hessian(adapter, _loss, dataloader=batches, cuda=space.device.type == "cuda"), adapter
     finally:
-        for parameter in space.parameters.values():
-            parameter.grad = None
+        for parameter, gradient in held:
+            parameter.grad = gradient
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def pyhessian_eigenpairs(
@@ -46,7 +53,7 @@ def pyhessian_eigenpairs(
         max_iterations: per eigenpair.
     """
     names = {parameter: name for name, parameter in space.parameters.items()}
-    ordered = [names[p] for p in space.model.parameters() if p.requires_grad]
+    ordered = [names[p] for p in space.model.parameters() if p in names]
     with pyhessian_engine(objective, space, seed) as (engine, adapter):
         values, vectors = engine.eigenvalues(maxIter=max_iterations, tol=tolerance, top_n=k)
     named = [dict(zip(ordered, (part.detach() for part in vector), strict=True)) for vector in vectors]

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from analysis.core.measure import Watch
@@ -34,7 +34,7 @@ def eigsh_vectors(
     """The ``k`` Ritz vectors that ``eigsh`` ends with, as good as they are after ``max_products``.
 
     Raises:
-        UserError: k is the whole space, which ARPACK cannot do, or not one pair converged within ``max_products``.
+        UserError: k is the whole space, which ARPACK cannot do, or it gave up, or not one pair converged.
     """
     if k >= operator.size:
         raise UserError(f"ARPACK finds fewer than all {operator.size} eigenvalues: use backend='lanczos'")
@@ -58,4 +58,6 @@ def eigsh_vectors(
         vectors = error.eigenvectors
         if vectors.shape[1] == 0:
             raise UserError(f"ARPACK converged on no pair within {max_products} products: allow more") from error
+    except ArpackError as error:
+        raise UserError(f"ARPACK gave up ({error}): use backend='lanczos'") from error
     return [torch.from_numpy(np.ascontiguousarray(column)) for column in vectors.T]

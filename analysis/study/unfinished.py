@@ -5,24 +5,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from analysis.study.files import read_json
+import pandas as pd
+
+from analysis.study.files import read_json, replace_file
 from analysis.study.store import write_text
+from bilora.errors import UserError
 
 
 class Unfinished:
     """Rows by measure and space, on disk after each measurement.
 
     Args:
-        path: the file; one that was made from other ``determinants`` counts as empty.
-        determinants: everything the rows depend on.
+        output: the Parquet file that is to come; the others lie beside it.
+        determinants: everything the rows depend on. What was made from others counts as nothing.
+
+    Attributes:
+        stopped: Parquet file of what an interrupted measurement had found.
     """
 
-    def __init__(self, path: Path, determinants: Mapping[str, Any]) -> None:
-        self._path = path
+    def __init__(self, output: Path, determinants: Mapping[str, Any]) -> None:
+        self.stopped = output.with_suffix(".stopped.parquet")
+        self._path = output.with_suffix(".unfinished.json")
         self._determinants = determinants
-        stored = read_json(path)
+        stored = read_json(self._path)
         same = stored.get("determinants") == determinants
         self._finished: dict[str, list[dict[str, Any]]] = stored.get("finished", {}) if same else {}
+        self._wrote_stopped = bool(stored.get("stopped"))
 
     def rows(self, measure: str, space: str) -> list[dict[str, Any]] | None:
         """The rows of a finished measurement, or None."""
@@ -31,13 +39,35 @@ class Unfinished:
     def add(self, measure: str, space: str, rows: list[dict[str, Any]]) -> None:
         """Keep the rows of a finished measurement."""
         self._finished[_address(measure, space)] = rows
-        content = {"determinants": self._determinants, "finished": self._finished}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self._path, json.dumps(content) + "\n")
+        self._forget_stopped()
+        self._save()
+
+    def stop(self, rows: pd.DataFrame) -> None:
+        """Keep what an interrupted measurement had found, for the reader alone.
+
+        Raises:
+            UserError: the file is there and not ours.
+        """
+        if self.stopped.exists() and not self._wrote_stopped:
+            raise UserError(f"{self.stopped} is in the way of what the interrupted measurement found: rename it")
+        replace_file(self.stopped, lambda path: rows.to_parquet(path, index=False))
+        self._wrote_stopped = True
+        self._save()
 
     def clear(self) -> None:
         """Forget all, once the output holds it."""
+        self._forget_stopped()
         self._path.unlink(missing_ok=True)
+
+    def _forget_stopped(self) -> None:
+        if self._wrote_stopped:
+            self.stopped.unlink(missing_ok=True)
+            self._wrote_stopped = False
+
+    def _save(self) -> None:
+        content = {"determinants": self._determinants, "finished": self._finished, "stopped": self._wrote_stopped}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._path, json.dumps(content) + "\n")
 
 
 def _address(measure: str, space: str) -> str:

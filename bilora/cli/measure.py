@@ -66,7 +66,7 @@ def measure(
         silence_libraries()
     from analysis.core.measure import Interrupted
     from analysis.frame import rows_frame
-    from analysis.study.files import read_measured, replace_file, write_measured
+    from analysis.study.files import read_measured, write_measured
     from analysis.study.single import determinants, find_subject, measure_subject
     from analysis.study.unfinished import Unfinished
     from bilora.tasks import TaskSpec
@@ -91,19 +91,17 @@ def measure(
     made_of = determinants(found, task, entries)
     frame = read_measured(output, made_of, force=force)
     if frame is None:
-        unfinished = Unfinished(output.with_suffix(".unfinished.json"), made_of)
-        stopped = output.with_suffix(".stopped.parquet")
+        unfinished = Unfinished(output, made_of)
         try:
             with MeasuringBar() as bar:
                 frame = measure_subject(found, task, entries, unfinished, bar.watch)
         except Interrupted as interrupt:
             so_far = rows_frame(interrupt.result.rows())
-            replace_file(stopped, lambda path: so_far.to_parquet(path, index=False))
-            _show(so_far, stopped)
+            unfinished.stop(so_far)
+            _show(so_far, unfinished.stopped)
             raise
         write_measured(output, frame, made_of)
         unfinished.clear()
-        stopped.unlink(missing_ok=True)
     _show(frame, output)
 
 

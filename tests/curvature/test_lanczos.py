@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from analysis.core import Objective, WeightSpace
+from analysis.core.measure import Interrupted
 from analysis.curvature import top_eigenvalues
 from analysis.curvature.basis import ROWS, Basis
 from bilora.errors import UserError
@@ -153,3 +154,114 @@ def test_the_basis_stays_orthonormal_across_blocks_in_float32():
 def test_bad_settings_are_one_line(settings, message):
     with pytest.raises(UserError, match=message):
         spectrum([1.0, 2.0, 3.0, 4.0], **{"k": 2, **settings})
+
+
+def blind(size=62):
+    """A slope without any part along the top eigenvector, and the spectrum."""
+    slope = torch.ones(size, dtype=torch.float64)
+    slope[0] = 0.0
+    return [100.0, *(1 + 0.05 * i for i in range(30)), -5.0, *[0.01] * 30], slope
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_gradient_blind_to_the_top_eigenvector_does_not_hide_it(k):
+    values, slope = blind()
+    found = spectrum(values, k, slope=slope, tolerance=1e-2)
+    assert found.values[0] == pytest.approx(100, rel=1e-4)
+    assert found.converged.all()
+
+
+def test_given_vectors_that_lack_the_top_one_do_not_hide_it():
+    values = [100.0, 50.0, 25.0, 12.0, *np.linspace(0, 11, 200)]
+    model = tiny.Quadratic(values)
+    objective, space = Objective(BATCH), WeightSpace.all(model)
+    exact = top_eigenvalues(objective, space, 4, tolerance=1e-9, vectors=True)
+    found = top_eigenvalues(objective, space, 3, tolerance=1e-3, start=exact.vectors[1:])
+    np.testing.assert_allclose(found.values, [100, 50, 25], rtol=1e-4)
+    warm = top_eigenvalues(objective, space, 3, tolerance=1e-3, start=exact.vectors)
+    assert warm.products < top_eigenvalues(objective, space, 3, tolerance=1e-3, start="random").products
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ([{}], "does not name exactly"),
+        ([{"elsewhere": torch.ones(1, 4)}], "does not name exactly"),
+        ([{"theta": torch.ones(2, 2)}], "does not fit"),
+        ([{"theta": torch.zeros(1, 4)}], "zero or not finite"),
+        ([{"theta": torch.full((1, 4), float("nan"))}], "zero or not finite"),
+        ({"theta": torch.ones(1, 4)}, "does not name exactly"),
+    ],
+)
+def test_bad_start_vectors_are_one_line(start, message):
+    with pytest.raises(UserError, match=message):
+        spectrum([1.0, 2.0, 3.0, 4.0], 2, start=start)
+
+
+def test_opposite_start_vectors_are_no_start_at_all():
+    ones = {"theta": torch.ones(1, 4)}
+    np.testing.assert_allclose(
+        spectrum([1.0, 2.0, 3.0, 4.0], 2, start=[ones, {"theta": -ones["theta"]}]).values, [4, 3]
+    )
+
+
+def test_the_zeros_of_a_singular_matrix_have_converged():
+    found = spectrum([4.0, 2.0, *np.linspace(0.1, 1, 11), *[0.0] * 30], 2, which="smallest", tolerance=1e-6, block=2)
+    np.testing.assert_allclose(found.values, [0, 0], atol=1e-12)
+    assert found.converged.all()
+
+
+def test_a_value_that_rounding_hides_from_its_tolerance_is_not_called_converged():
+    # In float32 the residual of 1e-1 beside 1e5 is rounding: the value is not zero, and not good to 1e-4 either.
+    found = spectrum([1e5, 1e-1, 1e-1, 1e-1], 2, dtype=torch.float32, tolerance=1e-6)
+    assert found.converged[0] == (found.residuals[0] <= 1e-6)
+    assert not (found.converged & (found.residuals > 1e-6) & (np.abs(found.values) > 1.0)).any()
+
+
+@pytest.mark.parametrize("block", [1, 20])
+@pytest.mark.parametrize("moment", range(1, 90, 4))
+def test_an_interrupt_at_any_moment_leaves_something_sound(monkeypatch, block, moment):
+    """The moments are the calls of what a step is made of."""
+    calls = 0
+    for name in ("append", "products", "compressed", "residual_norms"):
+        original = getattr(Basis, name)
+
+        def counted(*arguments, original=original):
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        monkeypatch.setattr(Basis, name, counted)
+    values = np.linspace(-3, 10, 120)
+    try:
+        found = spectrum(values.tolist(), 3, block=block, max_basis=50 if block == 20 else 12, tolerance=1e-6)
+    except Interrupted as interrupt:
+        found = interrupt.result
+    except KeyboardInterrupt:
+        assert moment <= 3 * block  # before the first step was complete
+        return
+    for value, good in zip(found.values, found.converged, strict=True):
+        assert not good or np.abs(values - value).min() < 1e-4
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_products_do_not_depend_on_the_callers_gradient_mode(mode):
+    expected = spectrum(INDEFINITE, 2)
+    model = tiny.Quadratic(INDEFINITE)
+    space = WeightSpace.all(model)
+    with mode():
+        found = top_eigenvalues(Objective(BATCH), space, 2, tolerance=1e-9, max_products=200)
+    assert (found.values == expected.values).all()
+
+
+def test_scipy_says_what_it_cannot_do():
+    for settings, message in [
+        ({"k": 1, "which": "both"}, "2 or more"),
+        ({"k": 4}, "fewer than all"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            spectrum([1.0, 2.0, 3.0, 4.0], backend="scipy", **settings)
+    with pytest.raises(UserError, match="ARPACK"):
+        spectrum([0.0] * 30, 2, backend="scipy")

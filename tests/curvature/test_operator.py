@@ -6,6 +6,7 @@ import torch
 
 from analysis.core import Objective, WeightSpace, gaussian
 from analysis.curvature import HessianOperator
+from bilora.errors import UserError
 from tests.oracles import tiny
 
 BATCHES = [tiny.padded(part) for part in tiny.split(tiny.examples())]
@@ -59,7 +60,7 @@ def test_an_operator_is_bound_to_its_point(space):
     with HessianOperator(Objective(BATCHES), space, graphs="retain") as operator:
         v = gaussian(space, 0, 0)
         before = operator(v)
-        with space.perturbed(v, 0.1), pytest.raises(RuntimeError, match="replaced"):
+        with space.perturbed(v, 0.1), pytest.raises(RuntimeError, match="changed"):
             operator(v)
         after = operator(v)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -78,3 +79,19 @@ def test_an_operator_made_inside_a_perturbation_works_there(space):
 def test_a_wrong_vector_is_refused(space):
     with pytest.raises(ValueError, match="no parameter"):
         HessianOperator(Objective(BATCHES), space)({"nowhere": torch.zeros(1)})
+
+
+def test_weights_changed_in_place_are_noticed():
+    own = WeightSpace.full(tiny.bert())
+    v = gaussian(own, 0, 0)
+    with HessianOperator(Objective(BATCHES), own, graphs="retain") as operator:
+        operator(v)
+        with torch.no_grad():
+            next(iter(own.parameters.values())).mul_(1.5)
+        with pytest.raises(RuntimeError, match="changed"):
+            operator(v)
+
+
+def test_autocast_on_float64_weights_is_refused(space):
+    with pytest.raises(UserError, match="float64"):
+        HessianOperator(Objective(BATCHES), space, autocast=torch.bfloat16)
