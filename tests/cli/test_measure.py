@@ -1,6 +1,7 @@
 """``bilora measure`` on adapters this project did not train, on plain models, and with bad input."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from bilora.cli.app import main
+from bilora.cli.measuring_bar import MeasuringBar
 from bilora.tasks import load_model, load_tokenizer
 
 COMMON = ["--validation-examples", "16", "--train-examples", "16", "--examples", "8", "--max-length", "24"]
@@ -136,3 +138,80 @@ def test_output_among_the_measured_files_is_refused(folders: Path, capsys: pytes
         str(folders / "adapter" / "rows.parquet"),
     ]
     assert "choose a place outside" in refused(arguments, capsys)
+
+
+def test_an_interrupted_measure_keeps_what_it_found_and_goes_on(
+    folders: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(folders / "model"), *COMMON, "--what", "quality,trace,spectrum", "--output", "rows.parquet"]
+    arguments += ["--set", "trace.max_products=16", "--set", "spectrum.k=2", "--set", "spectrum.tolerance=1e-4"]
+    told: list[str] = []
+
+    def interrupting(self: object, name: str) -> Callable[[int, int, str], None]:
+        def tell(done: int, most: int, note: str) -> None:
+            told.append(f"{name}: {note}")
+            if name.startswith("spectrum") and done == 3:
+                raise KeyboardInterrupt
+
+        return tell
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MeasuringBar, "watch", interrupting)
+        assert main(["measure", *arguments]) == 130
+    assert not Path("rows.parquet").exists()
+    assert "same command again" in capsys.readouterr().err
+    assert any(line.startswith("spectrum, full space: residual") for line in told)
+    stopped = pd.read_parquet("rows.stopped.parquet")
+    assert set(stopped["measure"]) == {"spectrum"}
+    assert not stopped.loc[stopped["quantity"] == "converged", "value"].all()
+
+    counted: list[str] = []
+
+    def counting(self: object, name: str) -> Callable[[int, int, str], None]:
+        return lambda done, most, note: counted.append(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MeasuringBar, "watch", counting)
+        assert main(["measure", *arguments]) == 0
+    assert set(counted) == {"spectrum, full space"}, "what was finished is not computed again"
+    assert set(pd.read_parquet("rows.parquet")["measure"]) == {"quality", "trace", "spectrum"}
+    assert sorted(path.name for path in here.iterdir()) == ["rows.json", "rows.parquet"]
+
+
+def test_what_was_found_is_not_written_over_a_file_of_the_users(
+    folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("rows.stopped.parquet").write_text("mine")
+
+    def interrupt(self: object, name: str) -> Callable[[int, int, str], None]:
+        def tell(done: int, most: int, note: str) -> None:
+            raise KeyboardInterrupt
+
+        return tell
+
+    monkeypatch.setattr(MeasuringBar, "watch", interrupt)
+    assert "in the way" in refused(
+        [str(folders / "model"), *COMMON, "--what", "spectrum", "--output", "rows.parquet"], capsys
+    )
+    assert Path("rows.stopped.parquet").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["spectrum.differences=one-sided", "spectrum.curvature=ggn"], "leave out"),
+        (["spectrum.backend=scipy", "spectrum.which=both", "spectrum.k=1"], "2 or more"),
+        (["spectrum.backend=pyhessian", "spectrum.which=smallest"], "largest magnitude alone"),
+        (["trace.tolerance=2"], "trace"),
+        (["density.runs=0"], "density"),
+        (["layers.by=("], "regular expression"),
+    ],
+)
+def test_settings_of_curvature_out_of_range(
+    folders: Path, settings: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(folders / "model"), *COMMON, "--what", settings[0].split(".")[0], "--output", "rows.parquet"]
+    for setting in settings:
+        arguments += ["--set", setting]
+    assert message in refused(arguments, capsys)
+    assert not Path("rows.parquet").exists()
