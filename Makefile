@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test lint unit figures benchmark docs constraints clean
+.PHONY: help install install-test demo test lint unit figures benchmark benchmark-curvature docs constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ figures: install ## redraw figures/ from runs/demo/results.parquet
 benchmark: install ## step time and memory of every method over LoRA, as JSON lines
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/train_step.py > train_step.tmp
 	mv train_step.tmp benchmarks/train_step.jsonl && cat benchmarks/train_step.jsonl
+
+benchmark-curvature: install ## top eigenpairs of one Hessian: ours and, where installed, other tools', as JSON lines
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/curvature.py --settings bert > curvature.tmp
+	mv curvature.tmp benchmarks/curvature.jsonl && cat benchmarks/curvature.jsonl
 
 docs: install ## write docs/methods.md from the docstrings
 	$(BIN)/python docs/make.py
