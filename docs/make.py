@@ -1,4 +1,4 @@
-"""Write docs/methods.md from the methods' docstrings, and the README's table of them with the times last measured.
+"""Write docs/methods.md from the methods' docstrings, and tables of what was last measured into other pages.
 
 python docs/make.py
 """
@@ -15,8 +15,9 @@ from bilora.methods import ALIASES, METHODS, Method
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 README = ROOT / "README.md"
+CURVATURE = ROOT / "docs" / "curvature.md"
 TIMES = ROOT / "benchmarks" / "train_step.jsonl"
-BEGIN, END = "<!-- methods:begin -->\n", "<!-- methods:end -->"
+TOOLS = ROOT / "benchmarks" / "curvature.jsonl"
 HEAD = """# Training methods
 
 Made by `make docs` from the docstrings in `bilora/methods/`; `bilora methods NAME` prints the same. Notation:
@@ -75,13 +76,26 @@ def arguments(cls: type[Method]) -> dict[str, str]:
     }
 
 
-def readme() -> str:
-    """The README with its table of methods filled in."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    return before + BEGIN + table() + END + rest.partition(END)[2]
+def filled(path: Path, name: str, table: str) -> str:
+    """The page with ``table`` between its comments ``name:begin`` and ``name:end``."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    return before + begin + table + end + rest.partition(end)[2]
 
 
-def table() -> str:
+def tools_table() -> str:
+    """What the top eigenpairs cost in each tool."""
+    head = ("problem", "k", "tool", "products", "CPU s", "gradients", "worst true residual", "met 1e-3")
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|---|---|"]
+    for line in map(json.loads, TOOLS.read_text().splitlines()):
+        numbers = (f"{line['seconds']:.3g}", f"{line['gradient_equivalents']:.0f}", f"{line['max_residual']:.0e}")
+        met = "yes" if line["target_met"] else "no"
+        cells = (line["setting"], str(line["k"]), line["tool"], str(line["products"]), *numbers, met)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def methods_table() -> str:
     """Every method with its passes and its measured and published time over LoRA."""
     times = {(line["model"], line["method"]): line for line in map(json.loads, TIMES.read_text().splitlines())}
 
@@ -97,8 +111,17 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def pages() -> dict[Path, str]:
+    """Every page that this script writes, and what it should hold."""
+    return {
+        PAGE: page(),
+        README: filled(README, "methods", methods_table()),
+        CURVATURE: filled(CURVATURE, "tools", tools_table()),
+    }
+
+
 def main() -> None:
-    for path, text in ((PAGE, page()), (README, readme())):
+    for path, text in pages().items():
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
