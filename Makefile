@@ -57,6 +57,8 @@ benchmark: install ## step time and memory of every method over LoRA, as JSON li
 benchmark-curvature: install ## top eigenpairs of one Hessian: ours and, where installed, other tools', as JSON lines
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/curvature.py --settings bert > curvature.tmp
 	mv curvature.tmp benchmarks/curvature.jsonl && cat benchmarks/curvature.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/products.py > products.tmp
+	mv products.tmp benchmarks/products.jsonl && cat benchmarks/products.jsonl
 
 docs: install ## write docs/methods.md from the docstrings
 	$(BIN)/python docs/make.py

@@ -3,12 +3,8 @@
 import re
 
 from analysis.core.space import WeightSpace
+from analysis.layer_names import NO_NUMBER, kind_of, split_layer
 from bilora.errors import UserError
-
-ATTENTION = re.compile(r"att(ention|n)", re.IGNORECASE)
-MLP = re.compile(
-    r"mlp|ffn|feed_?forward|dense_?relu_?dense|intermediate|output\.dense|(^|\.)fc\d|(^|\.)wi|(^|\.)wo$", re.I
-)
 
 
 def blocks_of(space: WeightSpace, by: str = "layer") -> dict[str, WeightSpace]:
@@ -40,18 +36,6 @@ def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0] or parameter
 
 
-def kind_of(layer: str) -> str:
-    """``"attention"``, ``"mlp"`` or ``"other"``, by the names that transformers' models use."""
-    if ATTENTION.search(layer):
-        return "attention"
-    return "mlp" if MLP.search(layer) else "other"
-
-
-def number_of(layer: str) -> int | None:
-    """Number of the transformer block: the first part of the name that is one."""
-    return next((int(part) for part in layer.split(".") if part.isdecimal()), None)
-
-
 def _block_name(parameter: str, by: str) -> str | None:
     layer = layer_of(parameter)
     if by == "layer":
@@ -59,8 +43,8 @@ def _block_name(parameter: str, by: str) -> str | None:
     if by == "kind":
         return kind_of(layer)
     if by == "number":
-        number = number_of(layer)
-        return "none" if number is None else str(number)
+        _, number, _ = split_layer(layer)
+        return "none" if number == NO_NUMBER else str(number)
     try:
         found = re.search(by, parameter)
     except re.error as error:

@@ -5,8 +5,8 @@
 
 The step is scaled to vector and weights: ``h·‖v‖ = c·‖W‖`` with c = eps^(1/3)/7 and eps^(1/2)/2 of the weights' dtype:
 the orders at which truncation and rounding balance (Nocedal & Wright, Numerical Optimization, section 8.1), the factors
-tuned on BERTs in float32. There the error is between 1e-4 and 2e-3 of a product with central and between 1e-3 and 2e-2
-with one-sided differences; eigenpairs keep residuals near 1e-2, and larger ones where curvature is small.
+tuned on BERTs in float32. There the error of a product is below 2e-3 with central and below 2e-2 with one-sided
+differences; eigenpairs keep residuals near 1e-2, and larger ones where curvature is small.
 """
 
 from typing import Literal

@@ -202,16 +202,14 @@ def _exact(objective: Objective, space: WeightSpace, found: _Pairs) -> _Pairs:
 
 def _rayleigh(operator: CurvatureOperator, vectors: Sequence[Tensor], values: Sequence[float] | None = None) -> _Pairs:
     """Unit vectors with their Rayleigh quotients, unless ``values`` are given, and errors."""
-    found, errors, units = [], [], []
-    for i, vector in enumerate(vectors):
-        unit = vector.double() / tensor_dot(vector, vector) ** 0.5
-        product = operator.matmat(unit.to(operator.dtype).unsqueeze(0))[0].double()
+    units = torch.stack([(v.double() / tensor_dot(v, v) ** 0.5).to(operator.dtype) for v in vectors])
+    found, errors = [], []
+    for i, (unit, product) in enumerate(zip(units, operator.matmat(units), strict=True)):
         value = tensor_dot(unit, product) if values is None else float(values[i])
-        rest = product - value * unit
+        rest = product.double() - value * unit.double()
         found.append(value)
         errors.append(tensor_dot(rest, rest) ** 0.5)
-        units.append(unit.to(operator.dtype))
-    return _Pairs(np.array(found), np.array(errors), units)
+    return _Pairs(np.array(found), np.array(errors), list(units))
 
 
 def _start(

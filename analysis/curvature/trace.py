@@ -12,8 +12,7 @@ So with ``T = Qᵀ·H·Q``, ``W = Qᵀ·Ω`` and ``p_i = (I − s_i·s_iᵀ)·w_
     tr(P_i·H) = tr T − s_iᵀ·T·s_i,    ‖x_i‖² = ‖ω_i‖² − ‖p_i‖²,    x_iᵀ·H·x_i = ω_iᵀ·y_i − 2·p_iᵀ·r_i + p_iᵀ·T·p_i.
 
 P_i does not depend on ω_i, so each t_i is unbiased. They share most of their bases, so they are not independent: the
-standard error above is the paper's, and on decaying spectra it was found to be 0.6 to 1.0 of the true spread, so that
-two of them cover the trace in 75 to 90 cases of 100 (the jackknife over whole estimates: 1.1 to 8 times the spread).
+standard error above is the paper's, and on decaying spectra it is 0.6 to 1.1 of the true spread (held by the tests).
 The true error falls as the spectrum beyond the q largest values does, that of Hutchinson's mean of ``ωᵀ·H·ω`` (random
 signs ω; memory O(n)) as 1/√products whatever the spectrum.
 """

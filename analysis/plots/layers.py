@@ -17,15 +17,13 @@ from matplotlib.colors import Colormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from analysis.layer_names import NO_NUMBER, split_layer
 from analysis.plots import canvas
 from analysis.plots.eigenvalues import DECADES, TOLERANCE, curvature_name, decade_labels, decade_ticks
 from analysis.plots.style import PAGE, in_space_order, styles_for
 from analysis.statistics import summarize
 
 LayerQuantity = Literal["eigenvalue", "trace"]
-
-NO_NUMBER = -1
-"""``number`` of a layer whose name holds none."""
 
 DOUBTFUL = "_doubtful"
 """Label of the strokes through cells that are not to be relied on."""
@@ -40,19 +38,6 @@ _POSITIVE, _SIGNED = "cividis", "RdBu_r"
 _MISSING = "0.85"
 _LETTER = 0.062  # inches a character of a cell takes
 _ABREAST = {1: 1, 2: 2, 3: 3, 5: 3, 6: 3}  # methods side by side, four for other numbers
-
-
-def split_layer(name: str) -> tuple[str, int, str]:
-    """A layer's name as (what stands before the first integer, that integer, the block after it).
-
-    ``model.layers.3.mlp.gate_proj`` is ``("model.layers", 3, "mlp.gate_proj")``. A name without an integer has the
-    number :data:`NO_NUMBER` and is a block of its own.
-    """
-    parts = name.split(".")
-    for at, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[:at]), int(part), ".".join(parts[at + 1 :])
-    return "", NO_NUMBER, name
 
 
 def layer_table(frame: pd.DataFrame, quantity: LayerQuantity = "eigenvalue") -> pd.DataFrame:

@@ -6,9 +6,10 @@ from analysis import MEASURES
 from analysis.core import COLUMNS, Objective, WeightSpace
 from analysis.core.measure import Interrupted
 from analysis.curvature import top_eigenvalues
-from analysis.curvature.blocks import blocks_of, kind_of, number_of
+from analysis.curvature.blocks import blocks_of
 from analysis.curvature.layers import layer_curvature
 from analysis.curvature.trace import trace
+from analysis.layer_names import NO_NUMBER, kind_of, split_layer
 from bilora.errors import UserError
 from tests.oracles import tiny
 
@@ -72,11 +73,11 @@ def test_blocks_by_number_kind_and_pattern():
         ("encoder.block.2.layer.0.SelfAttention.q", "attention", 2),
         ("encoder.block.2.layer.1.DenseReluDense.wi_0", "mlp", 2),
         ("model.decoder.layers.5.fc1", "mlp", 5),
-        ("classifier", "other", None),
+        ("classifier", "other", NO_NUMBER),
     ],
 )
 def test_names_of_common_models(layer, kind, number):
-    assert (kind_of(layer), number_of(layer)) == (kind, number)
+    assert (kind_of(layer), split_layer(layer)[1]) == (kind, number)
 
 
 @pytest.mark.parametrize("products", [1, 40])

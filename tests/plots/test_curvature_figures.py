@@ -9,11 +9,12 @@ from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from scipy import stats
 
+from analysis.layer_names import NO_NUMBER, split_layer
 from analysis.plots import density_curves, eigenvalue_ladder, layer_heatmap
 from analysis.plots.canvas import NothingToDraw
 from analysis.plots.density import density_table
 from analysis.plots.eigenvalues import UNCONVERGED, curvature_name, decade_labels, decade_ticks
-from analysis.plots.layers import DOUBTFUL, NO_NUMBER, layer_table, split_layer
+from analysis.plots.layers import DOUBTFUL, layer_table
 from tests.plausible_rows import COLUMNS, METHODS, plausible_rows
 
 EIGHT = [*METHODS, "Bi-LoRA, no clipping", "GSAM", "SL-SAM"]
