@@ -10,7 +10,7 @@ from analysis.core.result import COLUMNS, Result
 
 def rows_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows as a table with the columns of the contract in their order and types."""
-    types = {"index": "int64", "radius": "float64", "value": "float64"}
+    types = {"index": "int64", "radius": "float64", "y": "float64", "value": "float64"}
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(types)
 
 

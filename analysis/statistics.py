@@ -7,7 +7,8 @@ Values that are not finite (a loss that overflowed under a perturbation) never e
 table carries their count, and a comparison that rests on surviving values alone is not decided.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from scipy import stats
 
 from bilora.errors import UserError
 
-KEYS = ["measure", "space", "quantity", "kind", "split", "layer", "radius", "index"]
+KEYS = ["measure", "space", "quantity", "kind", "split", "layer", "label", "radius", "y", "index"]
 """What identifies a quantity; two methods are compared only where all of these agree."""
 
 DIRECTIONS = frozenset({("random", "loss_rise"), ("landscape", "loss")})
@@ -24,12 +25,14 @@ DIRECTIONS = frozenset({("random", "loss_rise"), ("landscape", "loss")})
 BOOKKEEPING = frozenset({("spectrum", "products"), ("trace", "products"), ("density", "products"), ("density", "runs")})
 """``(measure, quantity)`` pairs that say what a number cost."""
 
-CURVES = frozenset({("density", "density")})
-"""``(measure, quantity)`` pairs that are points of one curve: methods are not compared point by point."""
+CURVES = frozenset({("density", "density"), ("surface", "loss"), ("surface", "mark")})
+"""``(measure, quantity)`` pairs that are points of one curve or surface: methods are not compared point by point."""
 
 LOWER, HIGHER, UNDECIDED = "lower", "higher", "undecided"
 
-_REQUIRED = ["method", "seed", *KEYS, "value"]
+_REQUIRED = ["method", "seed", *(key for key in KEYS if key not in ("label", "y")), "value"]
+_LATER: Mapping[str, str | float] = {"label": "", "y": math.nan}
+"""Columns that tables of older versions lack, with their defaults."""
 _SPREAD_FREE = 1e-12  # a standard deviation below this share of the mean is rounding, not spread
 
 
@@ -229,7 +232,7 @@ def _pairs(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 def _marked(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows with direction numbers moved from ``index`` to ``direction``."""
-    rows = frame.copy()
+    rows = frame.assign(**{name: value for name, value in _LATER.items() if name not in frame})
     is_direction = pd.Series(
         [pair in DIRECTIONS for pair in zip(rows["measure"], rows["quantity"], strict=True)],
         index=rows.index,

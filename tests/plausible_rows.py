@@ -13,8 +13,8 @@ LAYERS = [
 ]
 COLUMNS = {
     "study": "invented", "method": "", "seed": 0, "cell": "c0ffee", "measure": "", "space": "", "quantity": "",
-    "kind": "", "split": "", "layer": "", "radius": np.nan, "index": -1, "value": np.nan, "standard_error": np.nan,
-    "induced_norm": np.nan, "residual": np.nan, "chance": np.nan,
+    "kind": "", "split": "", "layer": "", "label": "", "radius": np.nan, "y": np.nan, "index": -1, "value": np.nan,
+    "standard_error": np.nan, "induced_norm": np.nan, "residual": np.nan, "chance": np.nan,
 }  # fmt: skip
 
 
