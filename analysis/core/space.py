@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -14,25 +15,33 @@ from transformers import PreTrainedModel
 from analysis.core.adapters import plain_lora_layers, tuned_layers
 from analysis.core.copies import evaluation_copy, merged_copy
 from analysis.core.factors import Factors
+from analysis.core.gauge import balanced
 from analysis.core.vectors import Vector, tensor_dot
-from bilora.adapters.layers import HEADS
+from bilora.adapters.layers import HEADS, AdaptedLayer
 from bilora.adapters.norms import squared_product_norms
 from bilora.adapters.swap import perturbed
 from bilora.errors import UserError
+
+Gauge = Literal["trained", "balanced"]
+"""Which of the pairs A, B of one merged weight is meant: as trained, or as :func:`analysis.core.gauge.balanced`."""
+
+FACTORED = ("lora", "lora_balanced")
+"""Names of the spaces whose parameters are LoRA factors: only models with a plain LoRA adapter have them."""
 
 
 class WeightSpace:
     """Named weights of an evaluation copy of a model, seen as one vector.
 
-    Build one with :meth:`full`, :meth:`lora`, :meth:`all` or :meth:`named`. The user's model is never changed.
+    Build one with :meth:`full`, :meth:`lora`, :meth:`lora_balanced`, :meth:`all` or :meth:`named`. The user's model is
+    never changed.
 
     Attributes:
-        name: ``"full"``, ``"lora"``, ``"all"`` or the pattern.
+        name: ``"full"``, ``"lora"``, ``"lora_balanced"``, ``"all"`` or the pattern.
         model: the copy: float32 (float64 if the user's model has float64 weights), ``eval()``, ``requires_grad`` on
             the parameters of this space alone.
         parameters: canonical name → parameter of ``model``; tied tensors once.
-        factors: layer → primary LoRA factors. In LoRA space they are the parameters themselves; in full space of a PEFT
-            model they are copies; empty for other models and for layers that are not ``W0 + s·B·A`` (DoRA).
+        factors: layer → primary LoRA factors. In a LoRA space they are the parameters themselves; in full space of a
+            PEFT model they are copies; empty for other models and for layers that are not ``W0 + s·B·A`` (DoRA).
     """
 
     def __init__(
@@ -75,13 +84,22 @@ class WeightSpace:
         return cls("full", copy, weights, {})
 
     @classmethod
-    def lora(cls, model: nn.Module) -> "WeightSpace":
-        """The LoRA factors as trained: ``<layer>.A`` (r, in) and ``<layer>.B`` (out, r).
+    def lora(cls, model: nn.Module, gauge: Gauge = "trained") -> "WeightSpace":
+        """The LoRA factors: ``<layer>.A`` (r, in) and ``<layer>.B`` (out, r).
+
+        Args:
+            model: the model with its adapter.
+            gauge: ``"trained"`` takes the factors as they are. ``"balanced"`` gives the copy the balanced pairs of the
+                same products (:mod:`analysis.core.gauge`): the same function to rounding, and a space that does not
+                depend on how a product is split into factors. Its name is ``"lora_balanced"``.
 
         Raises:
-            UserError: the model carries no adapter, quantised weights, or an adapter that is merged, disabled or a
-                variant in which the merged weight is not ``W0 + s·B·A``.
+            UserError: the model carries no adapter, quantised weights, an adapter that is merged, disabled or a variant
+                in which the merged weight is not ``W0 + s·B·A``, an unknown gauge, or factors that are not finite and
+                so have no balanced pair.
         """
+        if gauge not in get_args(Gauge):
+            raise UserError(f"unknown gauge {gauge!r}: choose {' or '.join(get_args(Gauge))}")
         if not isinstance(model, PeftModel):
             raise UserError(f"{type(model).__name__} carries no LoRA adapter: measure it in full space")
         copy = evaluation_copy(model)
@@ -95,10 +113,21 @@ class WeightSpace:
         parameters: dict[str, nn.Parameter] = {}
         factors: dict[str, Factors] = {}
         for name, layer in plain.items():
+            if gauge == "balanced":
+                _balance(name, layer)
             parameters[f"{name}.A"] = layer.A
             parameters[f"{name}.B"] = layer.B
             factors[name] = Factors(layer.B, layer.A, layer.scale)
-        return cls("lora", copy, parameters, factors)
+        return cls("lora" if gauge == "trained" else "lora_balanced", copy, parameters, factors)
+
+    @classmethod
+    def lora_balanced(cls, model: nn.Module) -> "WeightSpace":
+        """:meth:`lora` in the balanced gauge.
+
+        Raises:
+            UserError: as :meth:`lora`.
+        """
+        return cls.lora(model, gauge="balanced")
 
     @classmethod
     def all(cls, model: nn.Module) -> "WeightSpace":
@@ -127,6 +156,11 @@ class WeightSpace:
             example = next((name for name, _ in copy.named_parameters()), "none")
             raise UserError(f"no parameter name matches {pattern!r} in full: names look like {example!r}")
         return cls(pattern, copy, chosen, {})
+
+    @property
+    def factored(self) -> bool:
+        """Whether the parameters are LoRA factors, so that equal steps in them are not equal steps in W."""
+        return self.name in FACTORED
 
     @property
     def size(self) -> int:
@@ -194,14 +228,14 @@ class WeightSpace:
     def induced_norm(self, direction: Vector, scale: float = 1.0) -> float:
         """Realised ‖eps_W‖ of ``perturbed(direction, scale)``, rounding of the stored weights included, in float64.
 
-        In LoRA space ``eps_W = s·((B + eps_B)(A + eps_A) − B·A) = s·[eps_B, B + eps_B]·[A; eps_A]`` for each layer,
+        In a LoRA space ``eps_W = s·((B + eps_B)(A + eps_A) − B·A) = s·[eps_B, B + eps_B]·[A; eps_A]`` for each layer,
         whose norm is taken from the thin factors. Elsewhere it is the norm of the change itself.
 
         Raises:
             ValueError: as :meth:`perturbed`.
         """
         changes = {name: self._change(name, step, scale) for name, step in self.aligned(direction).items()}
-        if self.name != "lora":
+        if not self.factored:
             return math.sqrt(math.fsum(tensor_dot(change, change) for change in changes.values()))
         pairs = []
         for layer, factors in self.factors.items():
@@ -224,6 +258,16 @@ class WeightSpace:
     def _change(self, name: str, step: Tensor, scale: float) -> Tensor:
         weight = self.parameters[name].detach()
         return torch.add(weight, step, alpha=scale).double() - weight.double()
+
+
+@torch.no_grad()
+def _balance(name: str, layer: AdaptedLayer) -> None:
+    """Write the balanced pair into the factors of ``layer``, which must belong to a copy."""
+    if not bool(layer.A.isfinite().all() and layer.B.isfinite().all()):
+        raise UserError(f"the factors of {name} are not finite and have no balanced gauge: take a sound adapter")
+    pair = balanced(Factors(layer.B, layer.A, layer.scale))
+    layer.A.copy_(pair.A)
+    layer.B.copy_(pair.B)
 
 
 def _kind(module: BaseTunerLayer) -> str:

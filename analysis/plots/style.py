@@ -34,7 +34,12 @@ RC: dict[Any, Any] = {
     "svg.hashsalt": "bilora",  # the same drawing gives the same bytes
 }
 
-SPACE_TITLES = {"lora": "LoRA space (A, B as trained)", "full": "full space (merged W)", "all": "all parameters"}
+SPACE_TITLES = {
+    "lora": "LoRA space (A, B as trained)",
+    "lora_balanced": "LoRA space (A, B balanced)",
+    "full": "full space (merged W)",
+    "all": "all parameters",
+}
 """Panel titles, in the order in which spaces stand side by side."""
 
 
@@ -100,6 +105,6 @@ def styles_for(labels: Iterable[str]) -> dict[str, MethodStyle]:
 
 
 def in_space_order(spaces: Iterable[str]) -> list[str]:
-    """The spaces present, LoRA space left of full space."""
+    """The spaces present, LoRA spaces left of full space."""
     order = list(SPACE_TITLES)
     return sorted(set(spaces), key=lambda s: (order.index(s) if s in order else len(order), s))

@@ -55,8 +55,8 @@ class MeasureEntry(_Section):
 
     Attributes:
         measure: registry name.
-        spaces: where it is taken; default all spaces the measure has. Spaces that a method lacks are left out for it
-            (full fine-tuning has no LoRA space).
+        spaces: where it is taken; default the full and the LoRA space, as far as the measure has them. Spaces that a
+            method lacks are left out for it (full fine-tuning has no LoRA space).
         split: which examples.
         examples: how many of them (the first of the task's stratified order), None for all.
         batch_size: examples a forward pass; does not change exact measures beyond rounding.
@@ -79,7 +79,7 @@ class MeasureEntry(_Section):
     def _check(self) -> Self:
         if self.measure not in MEASURES:
             raise UserError(f"unknown measure {self.measure!r}: choose one of {', '.join(MEASURES)}")
-        known = MEASURES[self.measure].spaces
+        known = MEASURES[self.measure].offered
         for space in self.spaces:
             if space not in known:
                 has = ", ".join(known) if any(known) else "no spaces: leave spaces out"
@@ -112,8 +112,9 @@ class MeasureEntry(_Section):
         return settings if drawn is None else settings.model_copy(update={"seed": drawn + seed})
 
     def all_spaces(self) -> tuple[str, ...]:
-        """The spaces asked for, in the measure's own order."""
-        return tuple(s for s in MEASURES[self.measure].spaces if not self.spaces or s in self.spaces)
+        """The spaces asked for, or the measure's defaults, in the measure's own order."""
+        measure = MEASURES[self.measure]
+        return tuple(s for s in measure.offered if s in (self.spaces or measure.spaces))
 
 
 class StudySpec(_Section):

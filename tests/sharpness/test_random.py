@@ -9,17 +9,21 @@ import torch
 from torch import nn
 
 from analysis.core import COLUMNS, Objective, WeightSpace
-from analysis.sharpness.random import MEASURE, filter_noise, isotropic_noise, random_sharpness
+from analysis.sharpness.random import MEASURE, checkpoints, filter_noise, isotropic_noise, random_sharpness
 from bilora.adapters.layers import adapted_layers
 from bilora.errors import UserError
 from tests.sharpness.cases import (
+    Fault,
     Quadratic,
+    assert_same_bits,
     bert_objective,
     change_gauge,
+    fail_at,
     flat,
     loss_by_sentence,
     normal,
     quadratic_objective,
+    state,
     tiny_bert,
     with_lora,
 )
@@ -229,8 +233,108 @@ def test_progress_counts_losses():
 
 
 @pytest.mark.parametrize(
+    ("least", "most", "expected"),
+    [
+        (1, 100, [8, 12, 16, 24, 32, 48, 64, 96, 100]),
+        (10, 33, [10, 12, 16, 24, 32, 33]),
+        (16, 24, [16, 24]),
+        (20, 20, [20]),
+        (3, 8, [8]),
+    ],
+)
+def test_the_standard_error_is_looked_at_few_times(least, most, expected):
+    assert list(checkpoints(least, most)) == expected
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_directions_are_added_until_the_standard_error_is_reached(antithetic):
+    """The first count of the rule at which it holds at every radius, along the directions of a fixed run."""
+    model = Quadratic(definite=True)
+    objective, _ = quadratic_objective(centre=model.theta().detach() + 0.01)
+    space = WeightSpace.all(model)
+    common = {"kind": "isotropic", "seed": 3, "antithetic": antithetic}
+    result = random_sharpness(objective, space, [0.1, 0.5], directions=2, se=0.04, **common)
+    used = result.rises.shape[1]
+    fixed = random_sharpness(objective, space, [0.1, 0.5], directions=used, **common)
+    assert np.array_equal(result.rises, fixed.rises)
+    assert np.array_equal(result.induced_norms, fixed.induced_norms)
+
+    def holds(count):
+        part = fixed.rises[:, :count]
+        return (part.std(axis=1, ddof=1) / math.sqrt(count) <= 0.04 * abs(part.mean(axis=1))).all()
+
+    looked_at = [count for count in checkpoints(2, 1000) if count <= used]
+    assert [holds(count) for count in looked_at] == [False] * (len(looked_at) - 1) + [True]
+    assert len(looked_at) > 2
+    assert result.reached.tolist() == [True, True]
+    assert not fixed.reached.any()
+    rows = [(r["radius"], r["quantity"], r["value"]) for r in result.rows() if r["index"] == -1]
+    assert [r for r in rows if r[1] != "loss_rise_mean"] == [
+        (radius, quantity, value) for radius in (0.1, 0.5) for quantity, value in (("reached", 1), ("directions", used))
+    ]
+
+
+def test_no_spread_at_all_still_takes_eight_directions():
+    model = Quadratic(definite=True)
+    model.H.copy_(torch.eye(15))
+    objective, _ = quadratic_objective(centre=model.theta().detach())
+    result = random_sharpness(objective, WeightSpace.all(model), [0.3], kind="isotropic", directions=1, se=0.01)
+    assert result.rises.shape == (1, 8)
+    np.testing.assert_allclose(result.rises, 0.5 * 0.3**2, rtol=1e-12)
+
+
+def test_a_standard_error_out_of_reach_is_said_to_be():
+    objective, _ = quadratic_objective()
+    seen = []
+    result = random_sharpness(
+        objective,
+        WeightSpace.all(Quadratic()),
+        [0.3],
+        se=1e-6,
+        max_directions=14,
+        watch=lambda done, most, note: seen.append((done, most)),
+    )
+    assert result.rises.shape == (1, 14)
+    assert result.reached.tolist() == [False]
+    values = {r["quantity"]: r["value"] for r in result.rows() if r["index"] == -1}
+    assert (values["reached"], values["directions"]) == (0.0, 14.0)
+    assert seen == [(i, 15) for i in range(1, 16)]
+
+
+def test_a_radius_with_infinite_losses_is_not_waited_for():
+    objective = Objective([{"x": torch.zeros(2, 1)}])
+    space = WeightSpace.full(Overflowing())
+    alone = random_sharpness(objective, space, [0.01], se=0.3, antithetic=True)
+    both = random_sharpness(objective, space, [0.01, 100.0], se=0.3, antithetic=True)
+    assert alone.rises.shape[1] < 1000
+    assert both.rises.shape[1] == alone.rises.shape[1]
+    assert both.reached.tolist() == [True, False]
+    assert np.isposinf(both.mean[1])
+
+
+@pytest.mark.parametrize("call", [1, 4, 30])
+def test_weights_come_back_after_an_exception(call):
+    model = Quadratic()
+    objective, _ = quadratic_objective()
+    space = WeightSpace.all(model)
+    before = state(space.model)
+    hook = fail_at(space.model, call)
+    with pytest.raises(Fault):
+        random_sharpness(objective, space, [0.5], se=1e-6)
+    assert_same_bits(space.model, before)
+    hook.remove()
+    random_sharpness(objective, space, [0.5], se=0.5, max_directions=8, directions=8)
+    assert_same_bits(space.model, before)
+
+
+@pytest.mark.parametrize(
     ("change", "word"),
     [
+        ({"se": 0.0}, "se"),
+        ({"se": math.inf}, "se"),
+        ({"se": math.nan}, "se"),
+        ({"se": 0.1, "max_directions": 7}, "max_directions"),
+        ({"se": 0.1, "directions": 30, "max_directions": 20}, "max_directions must be at least directions = 30"),
         ({"radii": []}, "radii"),
         ({"radii": [0.1, -0.1]}, "radii.1"),
         ({"radii": [0.0]}, "radii.0"),
