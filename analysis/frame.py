@@ -5,12 +5,13 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.core.result import COLUMNS, Result
+from analysis.core.result import COLUMNS, DEFAULTS, Result
 
 
 def rows_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows as a table with the columns of the contract in their order and types."""
-    types = {"index": "int64", "radius": "float64", "y": "float64", "value": "float64"}
+    numbers = [name for name, default in DEFAULTS.items() if isinstance(default, float)]
+    types = {"index": "int64", "value": "float64", **dict.fromkeys(numbers, "float64")}
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(types)
 
 

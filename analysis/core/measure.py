@@ -50,8 +50,34 @@ class Measure:
     summary: str
     """One line for the command line."""
     spaces: tuple[str, ...]
-    """Names of the spaces it is defined in; ``("",)`` when it has none."""
+    """Names of the spaces it is taken in unless others are asked for; ``("",)`` when it has none."""
     settings: type[pydantic.BaseModel]
     """Settings with defaults: frozen, unknown keys refused, bounds checked."""
     run: Run
     """What measures."""
+    keeps_points: bool = False
+    """Whether ``run`` takes a last argument ``store``, a :class:`analysis.landscape.store.PointStore`."""
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The spaces it can be asked for, defaults first.
+
+        A measure of any vector of weights, of W and of the factors, can be taken in the factors' balanced gauge too.
+        """
+        return (*self.spaces, "lora_balanced") if {"full", "lora"} <= set(self.spaces) else self.spaces
+
+    def result(
+        self,
+        objective: Objective,
+        space: WeightSpace,
+        settings: Any,
+        trained: Trained | None = None,
+        watch: Watch | None = None,
+        store: Any = None,
+    ) -> Result:
+        """:attr:`run`, given ``store`` where it takes one."""
+        if not self.keeps_points:
+            return self.run(objective, space, settings, trained, watch)
+        run: Any = self.run
+        result: Result = run(objective, space, settings, trained, watch, store)
+        return result

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from analysis.core.needed import run_model
 from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector
 from bilora.errors import UserError
@@ -108,7 +109,7 @@ class Objective:
         correct: int | None = 0
         for batch, weight in zip(self.batches, self.weights, strict=True):
             moved = _to_device(batch, space)
-            output = space.model(**moved)
+            output = run_model(space.model, moved)
             losses.append(weight * float(_loss_of(output).double()))
             hits = self._correct(output, moved)
             correct = None if correct is None or hits is None else correct + hits
@@ -183,7 +184,7 @@ class Objective:
         Raises:
             UserError: the loss is no single number, is not finite, or depends on no parameter of the space.
         """
-        output = space.model(**_to_device(self.batches[index], space))
+        output = run_model(space.model, _to_device(self.batches[index], space))
         loss = _loss_of(output)
         if loss.numel() != 1:
             raise UserError(f"the model's loss has shape {tuple(loss.shape)}: it must be one number, the batch's mean")
@@ -196,7 +197,7 @@ class Objective:
     @torch.no_grad()
     def batch_value(self, space: WeightSpace, index: int) -> float:
         """The mean loss of batch ``index``. NaN or infinite where the model's loss is."""
-        return float(_loss_of(space.model(**_to_device(self.batches[index], space))).double().mean())
+        return float(_loss_of(run_model(space.model, _to_device(self.batches[index], space))).double().mean())
 
     def _terms(self, batch: Mapping[str, Tensor]) -> int:
         """How many numbers the loss of ``batch`` is the mean of."""

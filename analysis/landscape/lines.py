@@ -22,7 +22,7 @@ from analysis.core.trained import Trained
 from analysis.settings import MeasureSettings, Radius
 
 
-def _odd(points: int) -> int:
+def odd(points: int) -> int:
     if points % 2 == 0:
         raise ValueError("an odd number is needed, so that the centre is a point")
     return points
@@ -32,7 +32,7 @@ class LandscapeSettings(MeasureSettings):
     """Settings of :func:`loss_lines`, described there."""
 
     extent: Radius = 1.0
-    points: Annotated[int, Field(ge=3), AfterValidator(_odd)] = 21
+    points: Annotated[int, Field(ge=3), AfterValidator(odd)] = 21
     directions: int = Field(default=5, ge=1)
     seed: int = 0
 

@@ -3,17 +3,17 @@
 import heapq
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
+from analysis.core.processes import interrupts_held, one_thread_each, start_worker
 from analysis.study.plan import Cell
 from analysis.study.progress import Progress
 from analysis.study.store import Store
-from analysis.study.worker import BUSY, FAILED, SKIPPED, Outcome, attempt, one_thread_each, start_worker
+from analysis.study.worker import BUSY, FAILED, SKIPPED, Outcome, attempt
 
 RECHECK = 1.0
 """Seconds until a cell that another runner holds is looked at again."""
@@ -123,14 +123,9 @@ class _Run:
             self.queue(entry[1])
         while self.ready and len(self.running) < workers:
             cell = self.ready[0][-1]
-            # Workers inherit the mask: Ctrl-C reaches this process alone, which then stops them.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                future = pool.submit(
-                    attempt, self.store, cell.name, dict(cell.determinants), cell.compute, keep=cell.training is None
-                )
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            with interrupts_held():
+                keep = cell.training is None or getattr(cell.compute, "keeps_points", False)
+                future = pool.submit(attempt, self.store, cell.name, dict(cell.determinants), cell.compute, keep=keep)
             heapq.heappop(self.ready)
             self.running[future] = cell
         self.progress.running([cell.label for cell in self.running.values()])

@@ -1,13 +1,8 @@
 """What a worker process does with a cell: take its lock, compute, store."""
 
-import multiprocessing
-import os
-import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,45 +29,6 @@ class Outcome:
     status: str
     seconds: float = 0.0
     note: str = ""
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Environment in which spawned processes use one thread; the parent's is put back afterwards."""
-    wanted = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def start_worker() -> None:
-    """Runs first in every worker: one torch thread, quiet libraries, and an end when the parent ends."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    import torch
-    import transformers
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    # Libraries' progress bars share a lock between processes, which a stopped worker could not give back.
-    tqdm.set_lock(threading.RLock())
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def _end_with(parent: Any) -> None:
-    # A killed parent cannot stop its workers; left alone they would hold their cells' locks.
-    parent.join()
-    os._exit(1)
 
 
 def attempt(store: Store, name: str, determinants: dict[str, Any], compute: Compute, *, keep: bool) -> Outcome:

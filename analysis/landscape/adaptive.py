@@ -1,0 +1,137 @@
+"""A grid of values from few of them, with an error that was seen and not assumed.
+
+A smooth surface is determined by far fewer points than its grid has. Values are interpolated by cubic radial functions
+with a linear part, ``s(p) = Σ_i c_i·‖p − p_i‖³ + a·(1, p)``. New points go where leaving out a known one changes the
+interpolant most (the leave-one-out residual is ``c_i/(M⁻¹)_ii``, Rippa 1999) and no known one is near. Every new value
+is first predicted: the differences are errors at held-out points, and the search ends once they are small for long
+enough. Where they are not, every point of the grid is evaluated.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Values = npt.NDArray[np.float64]
+Node = tuple[int, int]
+
+COARSE = 5
+"""Nodes along each side at the start."""
+BATCH = 6
+"""Points chosen at a time, whatever the number of processes: the result does not depend on it."""
+QUIET = 3
+"""Batches in a row that must be predicted well."""
+MARGIN = 0.5
+"""Share of the error asked for within which predictions must be: between held-out points it can be larger."""
+WORTH = 0.6
+"""Share of the grid beyond which evaluating all of it is simpler than going on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Values on a grid.
+
+    Attributes:
+        values: (rows, columns); interpolated where not evaluated.
+        evaluated: (rows, columns) whether the value was.
+        error: largest difference between prediction and value at the held-out points of the last batches, over the
+            range of values; 0 where every point was evaluated.
+    """
+
+    values: Values
+    evaluated: npt.NDArray[np.bool_]
+    error: float
+
+
+def adaptive_grid(evaluate: Callable[[Sequence[Node]], Sequence[float]], rows: int, columns: int, error: float) -> Grid:
+    """The values on a ``rows`` × ``columns`` grid, interpolated to within about ``error`` of their range.
+
+    Falls back to every point where values are not finite, or the error is not met with 60 % of them.
+
+    Args:
+        evaluate: nodes (row, column) → their values, in order. Every node is asked for once at most.
+        rows, columns: at least 3 each.
+        error: relative to the range of the values, in (0, 1).
+    """
+    nodes = [(i, j) for i in range(rows) for j in range(columns)]
+    places = np.array([_place(node, rows, columns) for node in nodes])
+    known: dict[Node, float] = {}
+
+    def ask(chosen: Sequence[Node]) -> Values:
+        found = np.array(evaluate(chosen), dtype=np.float64)
+        known.update(zip(chosen, found.tolist(), strict=True))
+        return found
+
+    start = [(i, j) for i in _coarse(rows) for j in _coarse(columns)]
+    ask(start)
+    recent: list[float] = []
+    while len(known) < WORTH * len(nodes) and all(map(np.isfinite, known.values())):
+        fit = _Interpolant(np.array([_place(node, rows, columns) for node in known]), np.array([*known.values()]))
+        span = max(np.ptp([*known.values()]), np.finfo(np.float64).tiny)
+        if len(recent) >= QUIET and max(recent[-QUIET:]) <= MARGIN * error:
+            predicted = fit(places)
+            predicted[[nodes.index(node) for node in known]] = [*known.values()]
+            mask = np.array([node in known for node in nodes])
+            seen = max(recent[-QUIET:])
+            return Grid(predicted.reshape(rows, columns), mask.reshape(rows, columns), float(seen))
+        chosen = _next(fit, nodes, places, known)
+        expected = fit(np.array([_place(node, rows, columns) for node in chosen]))
+        recent.append(float(np.abs(ask(chosen) - expected).max() / span))
+    rest = [node for node in nodes if node not in known]
+    if rest:
+        ask(rest)
+    values = np.array([known[node] for node in nodes]).reshape(rows, columns)
+    return Grid(values, np.ones((rows, columns), dtype=bool), 0.0)
+
+
+class _Interpolant:
+    """Cubic radial functions through ``values`` (n,) at ``places`` (n, 2)."""
+
+    def __init__(self, places: Values, values: Values) -> None:
+        n = len(places)
+        matrix = np.zeros((n + 3, n + 3))
+        matrix[:n, :n] = _distances(places, places) ** 3
+        matrix[:n, n:] = np.column_stack([np.ones(n), places])
+        matrix[n:, :n] = matrix[:n, n:].T
+        inverse = np.linalg.inv(matrix)
+        self.places = places
+        self._coefficients = inverse @ np.concatenate([values, np.zeros(3)])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self.left_out = np.abs(self._coefficients[:n] / np.diag(inverse)[:n])
+        """(n,) by how much each value differs from what the others predict there."""
+
+    def __call__(self, places: Values) -> Values:
+        n = len(self.places)
+        radial = _distances(places, self.places) ** 3 @ self._coefficients[:n]
+        linear: Values = self._coefficients[n] + places @ self._coefficients[n + 1 :]
+        return radial + linear
+
+
+def _next(fit: _Interpolant, nodes: Sequence[Node], places: Values, known: dict[Node, float]) -> list[Node]:
+    """Half of a batch where the interpolant is most doubtful, half where it is farthest from any known point."""
+    chosen: list[Node] = []
+    taken = fit.places
+    for number in range(min(BATCH, len(nodes) - len(known))):
+        far = _distances(places, taken)
+        gap = far.min(axis=1)
+        near = _distances(places, fit.places)
+        doubt = (fit.left_out / np.maximum(near, 1e-9) ** 2).sum(axis=1) / (1 / np.maximum(near, 1e-9) ** 2).sum(axis=1)
+        score = gap if number % 2 else gap**2 * (doubt + 1e-12 * fit.left_out.max(initial=0.0) + 1e-300)
+        best = int(np.argmax(score))
+        chosen.append(nodes[best])
+        taken = np.vstack([taken, places[best]])
+    return chosen
+
+
+def _coarse(count: int) -> list[int]:
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(COARSE, count)).tolist()})
+
+
+def _place(node: Node, rows: int, columns: int) -> tuple[float, float]:
+    return (2 * node[0] / (rows - 1) - 1, 2 * node[1] / (columns - 1) - 1)
+
+
+def _distances(a: Values, b: Values) -> Values:
+    difference: Values = a[:, None, :] - b[None, :, :]
+    return np.sqrt((difference**2).sum(axis=2))
