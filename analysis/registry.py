@@ -6,15 +6,37 @@ from analysis.curvature.eigen import MEASURE as SPECTRUM
 from analysis.curvature.layers import MEASURE as LAYERS
 from analysis.curvature.trace import MEASURE as TRACE
 from analysis.landscape.lines import MEASURE as LANDSCAPE
+from analysis.landscape.surface import MEASURE as SURFACE
 from analysis.quality import MEASURE as QUALITY
 from analysis.sharpness.adversarial import MEASURE as ADVERSARIAL
+from analysis.sharpness.ascent_gap import MEASURE as ASCENT_GAP
+from analysis.sharpness.m_sharpness import MEASURE as M_SHARPNESS
+from analysis.sharpness.quantisation import MEASURE as QUANTISATION
 from analysis.sharpness.random import MEASURE as RANDOM
+from analysis.sharpness.read_noise import MEASURE as READ_NOISE
+from analysis.sharpness.worst_case import MEASURE as WORST_CASE
 from analysis.subspace.measure import MEASURE as SUBSPACE
 from bilora.errors import UserError
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
-    for measure in (QUALITY, RANDOM, ADVERSARIAL, SPECTRUM, TRACE, DENSITY, LAYERS, LANDSCAPE, SUBSPACE)
+    for measure in (
+        QUALITY,
+        RANDOM,
+        ADVERSARIAL,
+        WORST_CASE,
+        M_SHARPNESS,
+        ASCENT_GAP,
+        QUANTISATION,
+        READ_NOISE,
+        SPECTRUM,
+        TRACE,
+        DENSITY,
+        LAYERS,
+        LANDSCAPE,
+        SURFACE,
+        SUBSPACE,
+    )
 }
 
 

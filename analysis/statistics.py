@@ -14,18 +14,44 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from analysis.comparable import check_same_m
 from bilora.errors import UserError
 
 KEYS = ["measure", "space", "quantity", "kind", "split", "layer", "label", "radius", "y", "index"]
 """What identifies a quantity; two methods are compared only where all of these agree."""
 
-DIRECTIONS = frozenset({("random", "loss_rise"), ("landscape", "loss")})
+DIRECTIONS = frozenset({("random", "loss_rise"), ("read_noise", "loss_rise"), ("landscape", "loss")})
 """``(measure, quantity)`` pairs whose ``index`` counts random directions: they are averaged within a seed."""
 
-BOOKKEEPING = frozenset({("spectrum", "products"), ("trace", "products"), ("density", "products"), ("density", "runs")})
+BOOKKEEPING = frozenset(
+    {
+        ("random", "directions"),
+        ("random", "reached"),
+        ("worst_case", "steps"),
+        ("worst_case", "restarts"),
+        ("worst_case", "late_gain"),
+        ("m_sharpness", "groups"),
+        ("m_sharpness", "steps"),
+        ("m_sharpness", "restarts"),
+        ("connectivity", "distance"),
+        ("spectrum", "products"),
+        ("trace", "products"),
+        ("density", "products"),
+        ("density", "runs"),
+        *(("surface", name) for name in ("cosine", "axis", "evaluated", "interpolation_error")),
+        *(("surface", name) for name in ("precision_error", "precision_cosine", "explained_variance")),
+    }
+)
 """``(measure, quantity)`` pairs that say what a number cost."""
 
-CURVES = frozenset({("density", "density"), ("surface", "loss"), ("surface", "mark")})
+CURVES = frozenset(
+    {
+        ("density", "density"),
+        ("worst_case", "best_rise"),
+        *(("surface", name) for name in ("loss", "accuracy", "mark")),
+        *(("connectivity", name) for name in ("loss", "accuracy")),
+    }
+)
 """``(measure, quantity)`` pairs that are points of one curve or surface: methods are not compared point by point."""
 
 LOWER, HIGHER, UNDECIDED = "lower", "higher", "undecided"
@@ -111,12 +137,14 @@ def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0
             values says nothing about flatness.
 
     Raises:
-        UserError: as :func:`summarize`, and if ``baseline`` is not a method of the frame.
+        UserError: as :func:`summarize`, if ``baseline`` is not a method of the frame, or m-sharpness was measured with
+            different m.
     """
     _check(frame, confidence)
     methods = list(dict.fromkeys(frame["method"]))
     if baseline not in methods:
         raise UserError(f"baseline {baseline!r} is not among the methods measured: name one of {', '.join(methods)}")
+    check_same_m(frame)
     names = zip(frame["measure"], frame["quantity"], strict=True)
     pairs = _pairs(frame[[name not in CURVES | BOOKKEEPING for name in names]], baseline)
     keys = ["method", *KEYS]

@@ -34,7 +34,7 @@ class Objective:
             models do (masked language models, taggers and encoder–decoders do not).
 
     Attributes:
-        name: as given.
+        name, shifted: as given.
         batches: those with at least one term in the loss.
         weights: number of terms of each batch.
         weight: number of terms in all.
@@ -48,7 +48,7 @@ class Objective:
         self, batches: Sequence[Mapping[str, Tensor]], *, name: str = "validation", shifted: bool = True
     ) -> None:
         self.name = name
-        self._shifted = shifted
+        self.shifted = shifted
         on_cpu = [{key: tensor.detach().cpu() for key, tensor in batch.items()} for batch in batches]
         weights = [self._terms(batch) for batch in on_cpu]
         self.batches = tuple(batch for batch, weight in zip(on_cpu, weights, strict=True) if weight)
@@ -209,7 +209,7 @@ class Objective:
         return int((self._targets(labels) != IGNORED).sum())
 
     def _targets(self, labels: Tensor) -> Tensor:
-        return labels[:, 1:] if self._shifted and labels.dim() > 1 else labels
+        return labels[:, 1:] if self.shifted and labels.dim() > 1 else labels
 
     def _correct(self, output: Any, batch: Mapping[str, Tensor]) -> int | None:
         labels = _labels(batch)
@@ -218,7 +218,7 @@ class Objective:
             return None
         if logits.dim() != labels.dim() + 1 or logits.shape[-1] < 2:
             return None
-        shifted = self._shifted and labels.dim() > 1
+        shifted = self.shifted and labels.dim() > 1
         predicted = (logits[:, :-1] if shifted else logits).argmax(-1)
         targets = self._targets(labels)
         return int(((predicted == targets) & (targets != IGNORED)).sum())

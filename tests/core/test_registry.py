@@ -20,11 +20,17 @@ def test_the_registry_knows_every_measure():
         "quality",
         "random",
         "adversarial",
+        "worst_case",
+        "m_sharpness",
+        "ascent_gap",
+        "quantisation",
+        "read_noise",
         "spectrum",
         "trace",
         "density",
         "layers",
         "landscape",
+        "surface",
         "subspace",
     ]
     assert all(name == measure.name for name, measure in MEASURES.items())
