@@ -21,6 +21,7 @@ COLUMNS = {
 def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int = 5) -> pd.DataFrame:
     """Every measure of every method and seed; full fine-tuning has no LoRA space."""
     rng, rng_curvature = np.random.default_rng(0), np.random.default_rng(1)
+    rng_landscapes = np.random.default_rng(2)
     rows: list[dict[str, object]] = []
     for method in methods:
         for seed in range(seeds):
@@ -35,6 +36,12 @@ def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int
             measured += _subspace(rng, method)
             if method != "Full FT":
                 measured += _layers(rng_curvature, scale)
+            for space in spaces:
+                measured += _surface(rng_landscapes, space, scale, "filter")
+                measured += _worst_case(rng_landscapes, space, scale)
+                measured += _connectivity(rng_landscapes, method, space, scale)
+            for kind in ("eigenvectors", "adapters", "trajectory"):
+                measured += _surface(rng_landscapes, "full", scale, kind)
             rows += [{**COLUMNS, "method": method, "seed": seed, **row} for row in measured]
     return pd.DataFrame(rows)
 
@@ -120,6 +127,69 @@ def _landscape(rng, space, scale, directions):
                 "measure": "landscape", "space": space, "quantity": "loss", "kind": "filter", "split": "train",
                 "radius": alpha, "index": index, "value": loss, "induced_norm": norm,
             }  # fmt: skip
+
+
+def _surface(rng, space, scale, kind, points=11):
+    """A bowl with a ripple on ``points``² points, a third "evaluated"; marks at the same places in every seed."""
+    stretch = 2.0 if space == "lora" else 1.0
+    tilt = 0.02 * rng.standard_normal(2)
+    low, high = (-1.0, 1.0) if kind in ("filter", "eigenvectors") else (-0.5, 2.5)
+    at, steep = np.linspace(low, high, points).round(3), 0.8 if high == 1 else 0.1
+
+    def loss(x, y):
+        bowl = scale * stretch * (x**2 + 0.4 * y**2 + 0.3 * x * y)
+        return 0.2 + (tilt @ (x, y) + bowl + 0.05 * np.sin(3 * x) ** 2) * np.exp(steep * (x**2 + y**2))
+
+    common = {"measure": "surface", "space": space, "kind": kind, "split": "train"}
+    for index, (y, x) in enumerate((y, x) for y in at for x in at):
+        place = {**common, "radius": x, "y": y, "index": index, "value": loss(x, y)}
+        yield {**place, "quantity": "loss", "standard_error": 0.01 if index % 3 else np.nan}
+    labels = {
+        "filter": ("x, in filter norms", "y, in filter norms"),
+        "eigenvectors": ("along v₁ (λ = 9.1), distance", "along v₂ (λ = 5.2), distance"),
+        "adapters": ("distance from seed 0 to seed 1", "distance across"),
+        "trajectory": ("1st principal axis, distance", "2nd principal axis, distance"),
+    }[kind]
+    for index, label in enumerate(labels, start=1):
+        yield {**common, "quantity": "axis", "index": index, "label": label, "value": 1.0}
+    marks = []
+    if kind == "adapters":
+        marks = [("seed 0", 0.0, 0.0, 0.0), ("seed 1", 2.0, 0.0, 0.0), ("seed 2", 0.9, 1.8, 0.0)]
+    if kind == "trajectory":
+        steps = np.linspace(1, 0, 6)
+        marks = [(f"step {20 * n}", 2 * t, 2 * t * (1.6 * t - 0.6), 0.1 * t) for n, t in enumerate(steps)]
+        for index, share in enumerate((0.86, 0.09), start=1):
+            yield {**common, "quantity": "explained_variance", "index": index, "value": share}
+    for index, (label, x, y, off) in enumerate(marks):
+        place = {"label": label, "radius": x, "y": y, "index": index, "residual": off}
+        yield {**common, **place, "quantity": "mark", "value": loss(x, y) + off**2}
+    worth = {"cosine": 0.003, "evaluated": points**2 // 3 + 1, "interpolation_error": 0.01, "precision_error": 0.0}
+    for quantity, value in worth.items():
+        yield {**common, "quantity": quantity, "value": value}
+
+
+def _worst_case(rng, space, scale, steps=20):
+    stretch = 3.0 if space == "lora" else 1.0
+    for radius in RADII:
+        rise = scale * 3 * radius * stretch * (1 + 2 * radius) * (1 + 0.1 * rng.standard_normal())
+        common = {"measure": "worst_case", "space": space, "kind": "isotropic", "split": "train", "radius": radius}
+        other = 1 - 0.1 * abs(rng.standard_normal())
+        found = {"loss_rise": 1.0, "loss_rise_pga": 1.0, "loss_rise_apgd": other, "loss_rise_one_step": 0.7 * other}
+        for quantity, share in found.items():
+            yield {**common, "quantity": quantity, "value": share * rise, "induced_norm": radius * stretch}
+        for step in range(steps + 1):
+            value = rise * (1 - 0.3 * np.exp(-0.3 * step))
+            yield {**common, "quantity": "best_rise", "index": step, "value": value}
+
+
+def _connectivity(rng, method, space, scale):
+    hill = 0.4 * scale * (1.5 if space == "lora" else 1.0) * (1 + 0.1 * rng.standard_normal())
+    ends = 0.2 + 0.02 * rng.standard_normal(2)
+    common = {"measure": "connectivity", "space": space, "split": "train", "label": f"{method} – start"}
+    for t in np.linspace(0, 1, 11).round(3):
+        loss = (1 - t) * ends[0] + t * ends[1] + 4 * hill * t * (1 - t)
+        yield {**common, "quantity": "loss", "radius": t, "value": loss}
+    yield {**common, "quantity": "barrier", "value": hill}
 
 
 def _subspace(rng, method):

@@ -103,12 +103,12 @@ def adapter_plane(
     refuse_non_finite(points, names)
     if len(spaces) == 3:
         exact, centre, origin = _through_three(points, names), points[0], None
-        axis_labels = f"distance towards {names[1]}", f"orthogonal distance, towards {names[2]}"
+        axis_labels = f"distance towards {names[1]}", f"orthogonal distance towards {names[2]}"
     else:
         centre = _mean(points)
         exact, _ = principal_axes(points, centre, "adapters")
         origin = like(home, difference(centre, points[0]))
-        axis_labels = "distance along principal axis 1", "distance along principal axis 2"
+        axis_labels = "distance, principal axis 1", "distance, principal axis 2"
     u, v = like(home, exact[0]), like(home, exact[1])
     marks = tuple(
         Mark(name, *coordinates(difference(point, centre), (u, v)), _loss(objective, space))

@@ -20,7 +20,7 @@ from analysis.core.vectors import CHUNK, Vector, added, dot, norm, scaled
 from bilora.errors import UserError
 
 MARGIN = 0.2
-"""Free room around marked points, as a share of the longer side of the box around them."""
+"""Free room around marked points, as a share of the longer side of the box around them: a path may be a thin one."""
 
 Window = tuple[float, float, float, float]
 """xmin, xmax, ymin, ymax."""
@@ -104,10 +104,11 @@ def coordinates(offset: Vector, axes: tuple[Vector, Vector]) -> tuple[float, flo
 
 
 def window_around(marks: Sequence[Mark]) -> Window:
-    """The box around the marks, with :data:`MARGIN` of its longer side on all sides."""
+    """The square around the box of the marks, with :data:`MARGIN` of its side on all sides."""
     xs, ys = [mark.x for mark in marks], [mark.y for mark in marks]
-    room = MARGIN * max(max(xs) - min(xs), max(ys) - min(ys))
-    return min(xs) - room, max(xs) + room, min(ys) - room, max(ys) + room
+    half = (0.5 + MARGIN) * max(max(xs) - min(xs), max(ys) - min(ys))
+    x, y = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+    return x - half, x + half, y - half, y + half
 
 
 def rounding_length(points: Sequence[Vector]) -> float:

@@ -106,7 +106,7 @@ def trajectory_plane(
         kind="trajectory",
         axes=(u, v),
         origin=None if at_final else like(space, difference(final, home)),
-        axis_labels=("distance along principal axis 1", "distance along principal axis 2"),
+        axis_labels=("distance, principal axis 1", "distance, principal axis 2"),
         cosine=cosine(u, v),
         window=window_around(marks),
         marks=tuple(marks),

@@ -1,6 +1,9 @@
-"""Figures, each a function from tidy rows to a matplotlib ``Figure``, and all of them on disk by :func:`draw_all`."""
+"""Figures, each a function from tidy rows to a matplotlib ``Figure``, and all of them on disk by :func:`draw_all`.
 
-from collections.abc import Callable, Mapping
+Surfaces are also written as an interactive page and as a mesh.
+"""
+
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.plots.canvas import NothingToDraw
+from analysis.plots.connectivity import connectivity_curves, connectivity_table
 from analysis.plots.density import density_curves, density_table
 from analysis.plots.eigenvalues import eigenvalue_bars, eigenvalue_ladder, eigenvalue_table
 from analysis.plots.landscape import landscape_lines, landscape_table
@@ -17,20 +21,33 @@ from analysis.plots.layers import LayerQuantity, layer_heatmap, layer_table
 from analysis.plots.overlap import outside_share_bars, outside_share_table, overlap_heatmap, overlap_table
 from analysis.plots.perturbation import perturbation_curves, perturbation_table
 from analysis.plots.save import save_figure
+from analysis.plots.surface import surface_contours
+from analysis.plots.surface_data import KINDS, surface_table
+from analysis.plots.surface_html import interactive_surface, write_surface_html
+from analysis.plots.surface_vtk import write_surface_vtk
+from analysis.plots.worst_case import worst_case_curves, worst_case_table
+from bilora.errors import UserError
 
 __all__ = [
     "FIGURES",
+    "FILES",
     "FigureFamily",
     "NothingToDraw",
+    "connectivity_curves",
     "density_curves",
     "draw_all",
     "eigenvalue_bars",
     "eigenvalue_ladder",
+    "interactive_surface",
     "landscape_lines",
     "layer_heatmap",
     "outside_share_bars",
     "overlap_heatmap",
     "perturbation_curves",
+    "surface_contours",
+    "worst_case_curves",
+    "write_surface_html",
+    "write_surface_vtk",
 ]
 
 
@@ -54,13 +71,21 @@ def _layers(name: str, title: str, quantity: LayerQuantity) -> FigureFamily:
     return FigureFamily(name, title, table, draw)
 
 
+def _surfaces(kind: str) -> FigureFamily:
+    table, draw = partial(surface_table, kind=kind), partial(surface_contours, kind=kind)
+    return FigureFamily(f"surface_{kind}", f"Loss on the {KINDS[kind]}", table, draw)
+
+
 FIGURES: tuple[FigureFamily, ...] = (
     FigureFamily("landscape", "Loss along filter-normalised random lines", landscape_table, landscape_lines),
+    *(_surfaces(kind) for kind in KINDS),
+    FigureFamily("connectivity", "Loss on the path between two solutions", connectivity_table, connectivity_curves),
     _curves("random", "Loss rise under random perturbations", "random", "loss_rise"),
     _curves("random_induced", "The same over the induced ‖ε_W‖", "random", "loss_rise", x="induced_norm"),
     _curves("adversarial", "Loss rise one gradient step away", "adversarial", "loss_rise"),
     _curves("adversarial_induced", "The same over the induced ‖ε_W‖", "adversarial", "loss_rise", x="induced_norm"),
     _curves("adversarial_accuracy", "Accuracy one gradient step away", "adversarial", "accuracy"),
+    FigureFamily("worst_case", "Worst-case loss rise, a lower bound", worst_case_table, worst_case_curves),
     FigureFamily("eigenvalues", "Largest Hessian eigenvalues", eigenvalue_table, eigenvalue_bars),
     FigureFamily("eigenvalue_ladder", "Every eigenvalue with its residual", eigenvalue_table, eigenvalue_ladder),
     FigureFamily("density", "Spectral density of the curvature", density_table, density_curves),
@@ -71,29 +96,57 @@ FIGURES: tuple[FigureFamily, ...] = (
 )
 
 
-def draw_all(frame: pd.DataFrame, folder: Path, provenance: Mapping[str, Any]) -> list[Path]:
+FILES: dict[str, Callable[[pd.DataFrame, Path], Path]] = {
+    "surface.html": lambda frame, path: write_surface_html(interactive_surface(frame), path),
+    "surface.vtu": write_surface_vtk,
+}
+"""Files that are written beside the figures where surfaces were measured, by name."""
+
+
+def draw_all(
+    frame: pd.DataFrame, folder: Path, provenance: Mapping[str, Any], only: Collection[str] | None = None
+) -> list[Path]:
     """Draw every figure whose rows were measured, each as PNG, PDF, SVG with its tidy CSV and a JSON of what made it.
 
     Args:
         frame: the tidy rows of one study.
         folder: made if missing.
         provenance: copied into every JSON (study, command, hash of the rows, …).
+        only: names of :data:`FIGURES` and :data:`FILES`; each of them must have rows. None: all that have.
 
     Returns:
         The paths written.
 
     Raises:
-        NothingToDraw: not one figure has rows.
+        NothingToDraw: not one figure has rows, or one of ``only`` has none.
+        UserError: a name in ``only`` is unknown.
     """
+    known = [*(family.name for family in FIGURES), *FILES]
+    for name in only or ():
+        if name not in known:
+            raise UserError(f"no figure is called {name!r}: choose one of {', '.join(known)}")
+    tables: dict[str, pd.DataFrame] = {}
+    for family in FIGURES:
+        if only is not None and family.name not in only:
+            continue
+        try:
+            tables[family.name] = family.table(frame)
+        except NothingToDraw:
+            if only is not None:
+                raise
+    files = [name for name in FILES if name in only] if only is not None else [*FILES]
+    if only is None and not any(name.startswith("surface_") for name in tables):
+        files = []
+    if files:
+        surface_table(frame)
+    if not tables and not files:
+        raise NothingToDraw(
+            "no figure has rows: add one of landscape, surface, random, adversarial, worst_case, spectrum, density, "
+            "layers, subspace"
+        )
     written: list[Path] = []
     for family in FIGURES:
-        try:
-            table = family.table(frame)
-        except NothingToDraw:
-            continue
-        written += save_figure(family.draw(frame), family.name, folder, table, {"title": family.title, **provenance})
-    if not written:
-        raise NothingToDraw(
-            "no figure has rows: add one of landscape, random, adversarial, spectrum, density, layers, subspace"
-        )
-    return written
+        if family.name in tables:
+            made_by = {"title": family.title, **provenance}
+            written += save_figure(family.draw(frame), family.name, folder, tables[family.name], made_by)
+    return written + [FILES[name](frame, folder / name) for name in files]

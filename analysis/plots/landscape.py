@@ -3,6 +3,7 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.core.space import FACTORED
 from analysis.plots import canvas
 from analysis.plots.style import PAGE, in_space_order, styles_for
 from analysis.statistics import summarize
@@ -55,7 +56,7 @@ def landscape_lines(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool
                 band.set(color=look.colour, alpha=0.13, linewidth=0)
             axes.set_ylim(*canvas.spread_limits(table))
             axes.set_title(canvas.space_title(space))
-            axes.set_xlabel(f"filter-normalised distance α in {'(A, B)' if space == 'lora' else 'W'}")
+            axes.set_xlabel(f"filter-normalised distance α in {'(A, B)' if space in FACTORED else 'W'}")
             axes.margins(x=0)
             lost += canvas.mark_non_finite(axes, panel, styles, "radius")
         what = "loss rise over α = 0" if rise else "loss"

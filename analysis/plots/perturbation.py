@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from analysis.core.space import FACTORED
 from analysis.plots import canvas
 from analysis.plots.style import PAGE, in_space_order, styles_for
 from analysis.statistics import summarize
@@ -142,7 +143,7 @@ def _x_label(x: X, space: str, kind: str) -> str:
         return f"induced {EPS_W}"
     if kind == "filter":
         return r"noise strength $\sigma$, relative to row norms"
-    return r"radius $\rho=\Vert(\varepsilon_A,\varepsilon_B)\Vert$" if space == "lora" else rf"radius $\rho=${EPS_W}"
+    return r"radius $\rho=\Vert(\varepsilon_A,\varepsilon_B)\Vert$" if space in FACTORED else rf"radius $\rho=${EPS_W}"
 
 
 def _y_label(quantity: str, measure: str, kind: str, split: str) -> str:

@@ -22,7 +22,7 @@ DOTS_PER_INCH = 200
 
 # Dates are left out of the files, so that drawing the same rows again changes nothing on disk.
 _UNDATED: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-_PACKAGES = ("bilora", "torch", "transformers", "peft", "numpy", "pandas", "scipy", "matplotlib")
+_PACKAGES = ("bilora", "torch", "transformers", "peft", "numpy", "pandas", "scipy", "matplotlib", "plotly", "meshio")
 
 
 def save_figure(

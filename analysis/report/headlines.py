@@ -7,7 +7,11 @@ from analysis.report.numbers import counted, enumerated
 from analysis.report.tables import SPACE_NAMES
 from analysis.statistics import HIGHER, LOWER, UNDECIDED
 
-SPACES = {"full": "the merged weights that inference uses", "lora": "the factors as trained"}
+SPACES = {
+    "full": "the merged weights that inference uses",
+    "lora": "the factors as trained",
+    "lora_balanced": "the factors in their balanced gauge",
+}
 FEW_SEEDS = 5
 
 _SHARPNESS = {

@@ -151,7 +151,14 @@ def _sections(
             "Sharpness in LoRA space and in full space",
             (perturbed,),
             tuple(sharpness),
-            shown("random", "random_induced", "adversarial", "adversarial_induced", "adversarial_accuracy"),
+            shown(
+                "random",
+                "random_induced",
+                "adversarial",
+                "adversarial_induced",
+                "adversarial_accuracy",
+                "worst_case",
+            ),
         ),
         Section(
             "curvature",
@@ -160,7 +167,18 @@ def _sections(
             (tables.eigenvalue_table(summary, methods), tables.moment_table(summary, methods)),
             shown("eigenvalues", "eigenvalue_ladder", "density", "layer_eigenvalues", "layer_traces"),
         ),
-        Section("landscapes", "Landscapes", pictures=shown("landscape")),
+        Section(
+            "landscapes",
+            "Landscapes",
+            pictures=shown(
+                "landscape",
+                "surface_filter",
+                "surface_eigenvectors",
+                "surface_adapters",
+                "surface_trajectory",
+                "connectivity",
+            ),
+        ),
         Section(
             "subspaces",
             "Subspaces",

@@ -11,7 +11,7 @@ from analysis.plots.style import in_space_order
 from analysis.report.numbers import number, p_value, spread
 from analysis.statistics import UNDECIDED
 
-SPACE_NAMES = {"full": "full", "lora": "LoRA", "": ""}
+SPACE_NAMES = {"full": "full", "lora": "LoRA", "lora_balanced": "balanced LoRA", "": ""}
 
 
 @dataclass(frozen=True)

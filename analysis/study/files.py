@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def read_measured(path: Path, determinants: Mapping[str, Any], *, force: bool) -> pd.DataFrame | None:
+def read_measured(path: Path, determinants: Any, *, force: bool) -> pd.DataFrame | None:
     """The rows in ``path`` if they were computed from ``determinants``; None where there is nothing (to keep).
 
     Raises:
@@ -48,8 +48,17 @@ def read_measured(path: Path, determinants: Mapping[str, Any], *, force: bool) -
     raise UserError(f"{path} holds something else: name another output, or replace it with --force")
 
 
-def write_measured(path: Path, frame: pd.DataFrame, determinants: Mapping[str, Any]) -> None:
-    """Write the rows to ``path`` and what made them beside it, each atomically."""
+def write_measured(path: Path, frame: pd.DataFrame, determinants: Any, names: Sequence[tuple[str, int]]) -> None:
+    """Write the rows to ``path`` and what made them beside it, each atomically.
+
+    Args:
+        path: the Parquet file.
+        frame: the rows.
+        determinants: everything they depend on, as JSON.
+        names: (method, training seed) of what was measured; of one subject, figures take its name from there.
+    """
     replace_file(path, lambda temporary: frame.to_parquet(temporary, index=False))
-    record = {"determinants": determinants, "sha256": file_digest(path)}
+    record: dict[str, Any] = {"determinants": determinants, "sha256": file_digest(path)}
+    if len(names) == 1:
+        record |= {"label": names[0][0], "seed": names[0][1]}
     write_text(path.with_suffix(".json"), json.dumps(record, indent=1, sort_keys=True) + "\n")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from analysis.core.space import FACTORED
 from analysis.registry import MEASURES
 from analysis.study.inputs import data_identity, library_versions, model_identity
 from analysis.study.sources import measure_code, training_code
@@ -99,7 +100,7 @@ def plan_study(spec: StudySpec) -> Plan:
             training = trainings.setdefault(training.name, training)
             for entry in spec.measures:
                 for space in entry.all_spaces():
-                    if space == "lora" and not method_class(spec.methods[label].method).needs_lora:
+                    if space in FACTORED and not method_class(spec.methods[label].method).needs_lora:
                         continue
                     cell = _measure_cell(entry, space, training, f"{label}, seed {seed}")
                     placements.append(Placement(label, seed, measurements.setdefault(cell.name, cell)))

@@ -10,6 +10,7 @@ import pandas as pd
 
 from analysis.core import Trained, WeightSpace, load_trained
 from analysis.core.measure import Watch
+from analysis.core.space import FACTORED
 from analysis.frame import rows_frame
 from analysis.registry import MEASURES
 from analysis.study.inputs import content_digest, data_identity, library_versions, model_identity
@@ -96,7 +97,7 @@ def spaces_of(subject: Subject, entry: MeasureEntry) -> tuple[str, ...]:
     Raises:
         UserError: only the LoRA space was asked for, or is all the measure has, and there is no adapter.
     """
-    spaces = tuple(s for s in entry.all_spaces() if s != "lora" or subject.has_lora_space)
+    spaces = tuple(s for s in entry.all_spaces() if s not in FACTORED or subject.has_lora_space)
     if not spaces:
         raise UserError(
             f"{subject.folder} holds no plain LoRA adapter and so no LoRA space: measure {entry.measure} needs one"
@@ -148,8 +149,9 @@ def measure_subject(
             found = unfinished.rows(entry.measure, name)
             if found is None:
                 seen = watch(f"{entry.measure}, {name} space" if name else entry.measure) if watch else None
-                run = MEASURES[entry.measure].run
-                found = run(objective, spaces[kind], entry.all_settings(), trained, seen).rows()
+                measure = MEASURES[entry.measure]
+                store = unfinished.points(entry.measure, name) if measure.keeps_points else None
+                found = measure.result(objective, spaces[kind], entry.all_settings(), trained, seen, store).rows()
                 unfinished.add(entry.measure, name, found)
             rows += found
     return rows_frame(rows)

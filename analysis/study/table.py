@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 from rich.table import Table
 
-from analysis.statistics import UNDECIDED, paired_differences, summarize
+from analysis.statistics import CURVES, DIRECTIONS, UNDECIDED, paired_differences, summarize
 
 KEY_QUANTITIES: dict[str, tuple[str, ...]] = {
     "quality": ("accuracy", "loss"),
@@ -78,16 +78,20 @@ def _content(frame: pd.DataFrame, baseline: str) -> _Content:
 
 
 def rows_table(frame: pd.DataFrame) -> Table:
-    """The rows of one measured adapter that belong to whole spaces: a line a value, single directions left out."""
-    rows = frame[(frame["layer"] == "") & ~((frame["measure"] == "random") & (frame["index"] >= 0))]
+    """The rows of measured adapters that belong to whole spaces: a line a value, without directions and curves."""
+    pairs = list(zip(frame["measure"], frame["quantity"], strict=True))
+    single = pd.Series([pair in CURVES or pair in DIRECTIONS for pair in pairs], index=frame.index, dtype=bool)
+    rows = frame[(frame["layer"] == "") & ~(single & (frame["index"] >= 0))]
+    several = ["method", "seed"] if "method" in frame else []
     table = Table()
-    for name in ("quantity", "radius", "index", "value", "standard error", "‖ε_W‖", "chance"):
-        table.add_column(name, justify="left" if name == "quantity" else "right")
+    for name in (*several, "quantity", "radius", "index", "value", "standard error", "‖ε_W‖", "chance"):
+        table.add_column(name, justify="left" if name in ("quantity", "method") else "right")
     for row in rows.to_dict("records"):
         key = tuple(row[name] for name in ("measure", "space", "quantity", "kind", "split"))
         numbers = (row["value"], row["standard_error"], row["induced_norm"], row["chance"])
         index = str(row["index"]) if row["index"] >= 0 else ""
-        table.add_row(_title((*key, None, None)), _number(row["radius"]), index, *(_number(x) for x in numbers))
+        whose = [str(row[name]) for name in several]
+        table.add_row(*whose, _title((*key, None, None)), _number(row["radius"]), index, *(_number(x) for x in numbers))
     return table
 
 

@@ -1,12 +1,13 @@
 """What a ``bilora measure`` that was stopped had finished: a JSON beside the output that is to come."""
 
 import json
-from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis.landscape.store import PointStore
 from analysis.study.files import read_json, replace_file
 from analysis.study.store import write_text
 from bilora.errors import UserError
@@ -17,13 +18,13 @@ class Unfinished:
 
     Args:
         output: the Parquet file that is to come; the others lie beside it.
-        determinants: everything the rows depend on. What was made from others counts as nothing.
+        determinants: everything the rows depend on, as JSON. What was made from others counts as nothing.
 
     Attributes:
         stopped: Parquet file of what an interrupted measurement had found.
     """
 
-    def __init__(self, output: Path, determinants: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, determinants: Any) -> None:
         self.stopped = output.with_suffix(".stopped.parquet")
         self._path = output.with_suffix(".unfinished.json")
         self._determinants = determinants
@@ -31,16 +32,28 @@ class Unfinished:
         same = stored.get("determinants") == determinants
         self._finished: dict[str, list[dict[str, Any]]] = stored.get("finished", {}) if same else {}
         self._wrote_stopped = bool(stored.get("stopped"))
+        self._name = ""
+
+    def of(self, name: str) -> "Unfinished":
+        """The part of one of several subjects; it is kept with the others."""
+        part = copy(self)
+        part._name = f"{name}/"
+        return part
 
     def rows(self, measure: str, space: str) -> list[dict[str, Any]] | None:
         """The rows of a finished measurement, or None."""
-        return self._finished.get(_address(measure, space))
+        return self._finished.get(self._address(measure, space))
 
     def add(self, measure: str, space: str, rows: list[dict[str, Any]]) -> None:
         """Keep the rows of a finished measurement."""
-        self._finished[_address(measure, space)] = rows
+        self._finished[self._address(measure, space)] = rows
         self._forget_stopped()
         self._save()
+        self.points(measure, space).remove()
+
+    def points(self, measure: str, space: str) -> PointStore:
+        """Where a measurement under way keeps its points; they are gone once it is finished."""
+        return PointStore(self._path.with_suffix(f".{measure}-{space}.points.jsonl"))
 
     def stop(self, rows: pd.DataFrame) -> None:
         """Keep what an interrupted measurement had found, for the reader alone.
@@ -69,6 +82,5 @@ class Unfinished:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self._path, json.dumps(content) + "\n")
 
-
-def _address(measure: str, space: str) -> str:
-    return f"{measure}/{space}"
+    def _address(self, measure: str, space: str) -> str:
+        return f"{self._name}{measure}/{space}"

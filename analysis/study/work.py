@@ -11,6 +11,7 @@ import torch
 
 from analysis.core import Objective, Trained, WeightSpace, load_trained
 from analysis.frame import rows_frame
+from analysis.landscape.store import PointStore
 from analysis.registry import MEASURES
 from analysis.study.spec import MeasureEntry
 from analysis.study.store import ROWS, Store
@@ -18,6 +19,9 @@ from bilora.methods import method_class
 from bilora.tasks import Task, TaskKind, TaskSpec, load_model, load_task, load_tokenizer
 from bilora.training.run import CHECKPOINTS, train_run
 from bilora.training.spec import TrainSpec
+
+POINTS = "points.jsonl"
+"""In a cell under way: the points of a landscape by now."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,22 @@ class Measuring:
     entry: MeasureEntry
     space: str
 
+    @property
+    def keeps_points(self) -> bool:
+        """Whether a killed attempt leaves something of use."""
+        return MEASURES[self.entry.measure].keeps_points
+
     def __call__(self, folder: Path, store: Store) -> dict[str, Any]:
         source = store.path(self.trained)
         objective = objective_for(self.spec.task, self.spec.model, self.entry)
         space, trained = _space(source, self.spec, self.space or "full")
-        result = MEASURES[self.entry.measure].run(objective, space, self.entry.settings_for(self.spec.seed), trained)
-        frame = rows_frame(result.rows())
+        measure = MEASURES[self.entry.measure]
+        points = PointStore(folder / POINTS) if measure.keeps_points else None
+        settings = self.entry.settings_for(self.spec.seed)
+        frame = rows_frame(measure.result(objective, space, settings, trained, None, points).rows())
         frame.to_parquet(folder / ROWS, index=False)
+        if points is not None:
+            points.remove()
         return {"examples": objective.digest}
 
 

@@ -22,8 +22,13 @@ def register(app: typer.Typer) -> None:
 
 
 def measure(
-    subject: Annotated[
-        Path, typer.Argument(metavar="ADAPTER_OR_MODEL", help="Folder of a PEFT adapter, or of a whole model.")
+    subjects: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="ADAPTER_OR_MODEL...",
+            help="Folder of a PEFT adapter, or of a whole model. Several are measured on the same examples, and their "
+            "rows told apart by method and seed.",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file for the rows; its JSON goes beside it.")],
     what: Annotated[str, typer.Option("--what", help="Measures, separated by commas.")] = "quality,random,adversarial",
@@ -32,7 +37,10 @@ def measure(
         typer.Option("--model", help="The base model, as in `bilora train`.", show_default="what the adapter names"),
     ] = None,
     space: Annotated[
-        str | None, typer.Option("--space", help="full, lora or both, separated by a comma.", show_default="all it has")
+        str | None,
+        typer.Option(
+            "--space", help="full, lora, lora_balanced, separated by commas.", show_default="full and lora, if it has"
+        ),
     ] = None,
     data: options.DataOption = "rotten_tomatoes",
     kind: options.KindOption = "classification",
@@ -58,7 +66,7 @@ def measure(
     force: Annotated[bool, typer.Option("--force", help="Replace an output that holds something else.")] = False,
     verbose: options.VerboseOption = False,
 ) -> None:
-    """Measure an adapter or a model. The same measurement asked for again is read from its file."""
+    """Measure adapters or models. The same measurement asked for again is read from its file."""
     assigned = options.parse_assignments(settings, "--set")
     if output.suffix != ".parquet":
         raise UserError(f"--output {output} is no .parquet file: name it so")
@@ -67,7 +75,8 @@ def measure(
     from analysis.core.measure import Interrupted
     from analysis.frame import rows_frame
     from analysis.study.files import read_measured, write_measured
-    from analysis.study.single import determinants, find_subject, measure_subject
+    from analysis.study.several import determinants_of, measure_subjects, named
+    from analysis.study.single import find_subject
     from analysis.study.unfinished import Unfinished
     from bilora.tasks import TaskSpec
 
@@ -85,22 +94,26 @@ def measure(
     )
     common = {"split": split, "examples": examples, "batch_size": batch_size}
     entries = _entries(_listed(what, "--what"), _listed(space, "--space") if space else [], common, assigned)
-    found = find_subject(subject, model)
-    if output.resolve().parent == subject.resolve():
-        raise UserError(f"--output {output} lies among the files that are measured: choose a place outside {subject}")
-    made_of = determinants(found, task, entries)
+    found = [find_subject(subject, model) for subject in subjects]
+    for subject in subjects:
+        if output.resolve().parent == subject.resolve():
+            raise UserError(
+                f"--output {output} lies among the files that are measured: choose a place outside {subject}"
+            )
+    names = named(subjects)
+    made_of = determinants_of(found, task, entries)
     frame = read_measured(output, made_of, force=force)
     if frame is None:
         unfinished = Unfinished(output, made_of)
         try:
             with MeasuringBar() as bar:
-                frame = measure_subject(found, task, entries, unfinished, bar.watch)
+                frame = measure_subjects(found, task, entries, unfinished, bar.watch)
         except Interrupted as interrupt:
             so_far = rows_frame(interrupt.result.rows())
             unfinished.stop(so_far)
             _show(so_far, unfinished.stopped)
             raise
-        write_measured(output, frame, made_of)
+        write_measured(output, frame, made_of, names)
         unfinished.clear()
     _show(frame, output)
 
@@ -131,9 +144,9 @@ def _entries(
             if (dot and owner == name) or (not dot and setting in measure.settings.model_fields):
                 own[setting] = value
                 used.add(key)
-        chosen = [space for space in spaces if space in measure.spaces]
-        if spaces and any(measure.spaces) and not chosen:
-            raise UserError(f"{name} has no space {' or '.join(spaces)}: it has {', '.join(measure.spaces)}")
+        chosen = [space for space in spaces if space in measure.offered]
+        if spaces and any(measure.offered) and not chosen:
+            raise UserError(f"{name} has no space {' or '.join(spaces)}: it has {', '.join(measure.offered)}")
         try:
             entries.append(MeasureEntry(**{"measure": name, "spaces": chosen, **common, **own}))
         except ValidationError as error:
@@ -145,7 +158,9 @@ def _entries(
             )
     unknown = [space for space in spaces if not any(space in entry.spaces for entry in entries)]
     if unknown:
-        raise UserError(f"--space {unknown[0]} is no space of {' or '.join(names)}: choose full or lora")
+        raise UserError(
+            f"--space {unknown[0]} is no space of {' or '.join(names)}: choose among full, lora and lora_balanced"
+        )
     return entries
 
 

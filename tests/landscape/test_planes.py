@@ -323,8 +323,10 @@ def test_three_adapters_lie_at_their_marks(dtype, close):
 def test_marks_lie_well_inside_the_window():
     plane = adapter_plane([WeightSpace.full(m) for m in adapters(1, 2, 3)])
     xs, ys = [m.x for m in plane.marks], [m.y for m in plane.marks]
-    room = 0.2 * max(np.ptp(xs), np.ptp(ys))
-    assert plane.window == pytest.approx((min(xs) - room, max(xs) + room, min(ys) - room, max(ys) + room))
+    side = max(np.ptp(xs), np.ptp(ys))
+    left, right, bottom, top = plane.window
+    assert right - left == pytest.approx(top - bottom) == pytest.approx(1.4 * side)
+    assert (left + right, bottom + top) == pytest.approx((min(xs) + max(xs), min(ys) + max(ys)))
     assert all(math.isnan(mark.loss) for mark in plane.marks)
     assert [mark.label for mark in plane.marks] == ["adapter 1", "adapter 2", "adapter 3"]
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from analysis.plots import (
     FIGURES,
+    FILES,
     draw_all,
     eigenvalue_bars,
     landscape_lines,
@@ -42,7 +43,7 @@ def legend_labels(figure: Figure) -> list[str]:
 def test_every_figure_is_saved_with_its_data_and_what_made_it(frame, tmp_path):
     paths = draw_all(frame, tmp_path / "figures", {"study": "invented"})
     assert {p.name for p in paths} == {p.name for p in (tmp_path / "figures").iterdir()}
-    assert len(paths) == 5 * len(FIGURES)
+    assert len(paths) == 5 * len(FIGURES) + len(FILES)
     for family in FIGURES:
         stem = tmp_path / "figures" / family.name
         assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,167 @@
+"""``bilora landscape``, and ``bilora measure`` of several adapters: real PEFT folders on a small BERT."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
+
+from bilora.cli.app import main
+from bilora.tasks import load_tokenizer
+
+DATA = ["--validation-examples", "12", "--train-examples", "12", "--max-length", "16", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """``model``; adapters ``a``, ``b``, ``c`` and, of rank 3, ``other`` on it; ``run`` with four checkpoints."""
+    root = tmp_path_factory.mktemp("landscapes")
+    tokenizer = load_tokenizer("minilm")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **size))
+    base.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+
+    def save(place, seed, rank=2):
+        torch.manual_seed(seed)
+        fresh = BertForSequenceClassification.from_pretrained(root / "model")
+        config = LoraConfig(r=rank, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+        get_peft_model(fresh, config).save_pretrained(root / place)
+
+    for seed, name in enumerate("abc"):
+        save(name, seed)
+    save("other", 3, rank=3)
+    for step in (5, 10, 100, 20):
+        save(f"run/checkpoints/checkpoint-{step}", step)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(kind, root, names, *more):
+    folders = [str(root / name) for name in names]
+    return ["landscape", kind, *folders, "--model", str(root / "model"), *DATA, "-o", "rows.parquet", *more]
+
+
+def test_a_plane_through_three_adapters_is_drawn_from_its_rows(folders, here, capsys):
+    arguments = command("adapters", folders, "abc", "--points", "7")
+    assert main(arguments) == 0
+    rows = pd.read_parquet("rows.parquet")
+    assert set(rows["measure"]) == {"surface"}
+    assert (rows["quantity"] == "loss").sum() == 49
+    marks = rows[rows["quantity"] == "mark"]
+    assert marks["label"].tolist() == ["a, seed 0", "b, seed 0", "c, seed 0"]
+    assert np.isfinite(marks["value"]).all()
+    assert not list(here.glob("*.points.jsonl"))
+    written = (here / "rows.parquet").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (here / "rows.parquet").stat().st_mtime_ns == written
+    assert main(["plot", "rows.parquet", "-o", "figures"]) == 0
+    assert {path.name for path in (here / "figures").iterdir()} >= {"surface_adapters.png", "surface.html"}
+
+
+def test_a_trajectory_goes_through_its_checkpoints_in_order(folders, here):
+    assert main(command("trajectory", folders, ["run"], "--points", "5", "--error", "0", "--space", "lora")) == 0
+    rows = pd.read_parquet("rows.parquet")
+    assert rows.loc[rows["quantity"] == "mark", "label"].tolist() == ["step 5", "step 10", "step 20", "step 100"]
+    assert rows.loc[rows["quantity"] == "explained_variance", "value"].between(0, 1).all()
+    assert json.loads((here / "rows.json").read_text())["label"] == "run"
+
+
+def test_every_pair_is_connected(folders):
+    assert main(command("connect", folders, "abc", "--points", "5")) == 0
+    rows = pd.read_parquet("rows.parquet")
+    assert rows.loc[rows["quantity"] == "barrier", "label"].tolist() == [
+        "a, seed 0 – b, seed 0",
+        "a, seed 0 – c, seed 0",
+        "b, seed 0 – c, seed 0",
+    ]
+    losses = rows[rows["quantity"] == "loss"]
+    ends = losses[losses["radius"].isin([0.0, 1.0])]
+    by_adapter = {}
+    for _, row in ends.iterrows():
+        by_adapter.setdefault(row["label"].split(" – ")[int(row["radius"])], set()).add(row["value"])
+    assert all(len(values) == 1 for values in by_adapter.values())
+
+
+def test_a_killed_plane_continues(folders, here):
+    arguments = command("adapters", folders, "abc", "--points", "21", "--error", "0")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bilora", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=here
+    )
+    store = here / "rows.points.jsonl"
+    while process.poll() is None and (not store.exists() or store.read_bytes().count(b"\n") < 30):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = store.read_bytes()
+    assert 30 <= kept.count(b"\n") < 441
+    assert main(arguments) == 0
+    rows = pd.read_parquet("rows.parquet")
+    losses = rows[rows["quantity"] == "loss"]
+    final = {(x, y): value for x, y, value in losses[["radius", "y", "value"]].itertuples(index=False)}
+    stored = [json.loads(line) for line in kept[: kept.rfind(b"\n")].splitlines()[1:]]
+    for (_, x, y), metrics in stored:
+        assert (x, y) == (0, 0) or final[x, y] == metrics["loss"]
+    assert not store.exists()
+
+
+BAD = {
+    "two for a plane": ("adapters", "ab", [], "needs 3 adapters"),
+    "one for a line": ("connect", "a", [], "needs 2 adapters"),
+    "two runs": ("trajectory", "ab", [], "one run at a time"),
+    "no checkpoints": ("trajectory", "a", [], "no checkpoints"),
+    "twice the same": ("connect", "aa", [], "called a"),
+    "another rank": ("connect", ["a", "other"], ["--space", "lora"], "differ"),
+    "no adapter": ("connect", ["a", "model"], [], "no adapter"),
+    "no folder": ("connect", ["a", "nowhere"], [], "holds neither"),
+    "unknown kind": ("volume", "abc", [], "kind"),
+    "even points": ("adapters", "abc", ["--points", "8"], "odd"),
+    "too few points": ("adapters", "abc", ["--points", "3"], "points"),
+    "unknown space": ("adapters", "abc", ["--space", "half"], "space"),
+    "too many examples": ("adapters", "abc", ["--examples", "9999"], "ask for fewer"),
+    "bad error": ("adapters", "abc", ["--error", "2"], "error"),
+    "bad precision": ("adapters", "abc", ["--precision", "float8"], "precision"),
+    "no workers": ("adapters", "abc", ["--workers", "0"], "workers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line(folders, here, capsys, case):
+    kind, names, more, said = BAD[case]
+    assert main(command(kind, folders, names, *more)) == 2
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.strip().splitlines() if line.startswith("error")]
+    assert said in line
+    assert not (here / "rows.parquet").exists()
+
+
+def test_several_adapters_are_measured_alike_and_told_apart(folders, here):
+    arguments = ["measure", *(str(folders / name) for name in "ab"), "--model", str(folders / "model"), *DATA]
+    settings = ["--set", "random.directions=3", "--set", "random.radii=[0.1]", "--set", "surface.points=5"]
+    assert main([*arguments, "--what", "random,surface", *settings, "-o", "both.parquet"]) == 0
+    both = pd.read_parquet("both.parquet")
+    assert both.groupby(["method", "seed"]).ngroups == 2
+    assert both["method"].unique().tolist() == ["a", "b"]
+    alone = ["measure", str(folders / "b"), "--model", str(folders / "model"), *DATA]
+    assert main([*alone, "--what", "random,surface", *settings, "-o", "b.parquet"]) == 0
+    single = pd.read_parquet("b.parquet")
+    pd.testing.assert_frame_equal(
+        both[both["method"] == "b"].drop(columns=["method", "seed"]).reset_index(drop=True), single
+    )
+    assert main(["plot", "both.parquet", "-o", "figures"]) == 0
+    assert (here / "figures" / "surface_filter.png").exists()
+    assert not list(here.glob("*.jsonl"))
+    assert not list(here.glob("*.unfinished.json"))
