@@ -7,6 +7,7 @@ import typer
 
 from bilora.cli import options
 from bilora.cli.measuring_bar import MeasuringBar
+from bilora.cli.plot import plot
 from bilora.cli.quiet import silence_libraries
 from bilora.errors import UserError
 
@@ -63,11 +64,20 @@ def measure(
             help="A setting of a measure, `random.radii=[0.1,0.5]`, or of all that have it, `seed=1`. Repeatable.",
         ),
     ] = None,
+    se: Annotated[
+        float | None,
+        typer.Option("--se", help="Standard error of random sharpness, over its mean: sets the number of directions."),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", help="Folder for figures of the rows, as by `bilora plot`.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that holds something else.")] = False,
     verbose: options.VerboseOption = False,
 ) -> None:
     """Measure adapters or models. The same measurement asked for again is read from its file."""
     assigned = options.parse_assignments(settings, "--set")
+    if se is not None:
+        assigned["random.se"] = se
     if output.suffix != ".parquet":
         raise UserError(f"--output {output} is no .parquet file: name it so")
     if not verbose:
@@ -116,6 +126,8 @@ def measure(
         write_measured(output, frame, made_of, names)
         unfinished.clear()
     _show(frame, output)
+    if figures is not None:
+        plot([output], figures)
 
 
 def _listed(text: str, option: str) -> list[str]:

@@ -151,7 +151,7 @@ def test_bad_input_is_refused_in_one_line(folders, here, capsys, case):
 def test_several_adapters_are_measured_alike_and_told_apart(folders, here):
     arguments = ["measure", *(str(folders / name) for name in "ab"), "--model", str(folders / "model"), *DATA]
     settings = ["--set", "random.directions=3", "--set", "random.radii=[0.1]", "--set", "surface.points=5"]
-    assert main([*arguments, "--what", "random,surface", *settings, "-o", "both.parquet"]) == 0
+    assert main([*arguments, "--what", "random,surface", *settings, "-o", "both.parquet", "--figures", "figures"]) == 0
     both = pd.read_parquet("both.parquet")
     assert both.groupby(["method", "seed"]).ngroups == 2
     assert both["method"].unique().tolist() == ["a", "b"]
@@ -161,7 +161,19 @@ def test_several_adapters_are_measured_alike_and_told_apart(folders, here):
     pd.testing.assert_frame_equal(
         both[both["method"] == "b"].drop(columns=["method", "seed"]).reset_index(drop=True), single
     )
-    assert main(["plot", "both.parquet", "-o", "figures"]) == 0
     assert (here / "figures" / "surface_filter.png").exists()
     assert not list(here.glob("*.jsonl"))
     assert not list(here.glob("*.unfinished.json"))
+
+
+def test_directions_are_added_until_the_standard_error_asked_for(folders, capsys):
+    arguments = ["measure", str(folders / "a"), "--model", str(folders / "model"), *DATA, "--what", "random"]
+    settings = ["--space", "full", "--set", "random.radii=[0.3]", "--set", "random.max_directions=24"]
+    assert main([*arguments, *settings, "--se", "0.5", "-o", "rows.parquet"]) == 0
+    rows = pd.read_parquet("rows.parquet").set_index("quantity")
+    mean = rows.loc["loss_rise_mean"]
+    reached = mean["standard_error"] <= 0.5 * abs(mean["value"])
+    assert rows.loc["reached", "value"] == float(reached)
+    assert rows.loc["directions", "value"] == len(rows.loc[["loss_rise"]])
+    assert main([*arguments, *settings, "--se", "-1", "-o", "other.parquet"]) == 2
+    assert "se" in capsys.readouterr().err
