@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test lint unit figures benchmark benchmark-curvature docs constraints clean
+.PHONY: help install install-test demo test lint unit figures benchmark benchmark-curvature benchmark-landscape docs constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ benchmark-curvature: install ## top eigenpairs of one Hessian: ours and, where i
 	mv curvature.tmp benchmarks/curvature.jsonl && cat benchmarks/curvature.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/products.py > products.tmp
 	mv products.tmp benchmarks/products.jsonl && cat benchmarks/products.jsonl
+
+benchmark-landscape: install ## a loss surface: ours and, where installed, other tools', as JSON lines
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/landscape.py > landscape.tmp
+	mv landscape.tmp benchmarks/landscape.jsonl && cat benchmarks/landscape.jsonl
 
 docs: install ## write docs/methods.md from the docstrings
 	$(BIN)/python docs/make.py

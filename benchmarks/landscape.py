@@ -17,6 +17,7 @@ interpolates to within 2 % of the range.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import platform
@@ -212,7 +213,8 @@ def lines(names: list[str], points: int) -> Iterator[dict[str, Any]]:
         evaluated(problem.space.model, problem.padded[:2])
         began = time.process_time()
         try:
-            made = run(problem, **settings)
+            with contextlib.redirect_stdout(sys.stderr):  # landscaper prints
+                made = run(problem, **settings)
         except Exception as error:  # a peer that fails is a result
             yield {**line, "failed": f"{type(error).__name__}: {error}"}
             continue

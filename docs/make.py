@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 README = ROOT / "README.md"
 CURVATURE = ROOT / "docs" / "curvature.md"
+LANDSCAPES = ROOT / "docs" / "landscapes.md"
 TIMES = ROOT / "benchmarks" / "train_step.jsonl"
 TOOLS = ROOT / "benchmarks" / "curvature.jsonl"
+SURFACES = ROOT / "benchmarks" / "landscape.jsonl"
 HEAD = """# Training methods
 
 Made by `make docs` from the docstrings in `bilora/methods/`; `bilora methods NAME` prints the same. Notation:
@@ -95,6 +97,24 @@ def tools_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def surfaces_table() -> str:
+    """What a loss surface costs in each tool, and how far it is off."""
+    head = (
+        "variant",
+        "points evaluated",
+        "CPU s",
+        "times as fast by the point of the grid",
+        "largest error",
+        "rms error",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|"]
+    for line in map(json.loads, SURFACES.read_text().splitlines()):
+        errors = [f"{line[name]:.1g}" if name in line else "other points" for name in ("max_error", "rms_error")]
+        cells = (line["variant"], str(line["points"]), f"{line['seconds']:.3g}", f"{line['speedup']:.2g}", *errors)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def methods_table() -> str:
     """Every method with its passes and its measured and published time over LoRA."""
     times = {(line["model"], line["method"]): line for line in map(json.loads, TIMES.read_text().splitlines())}
@@ -117,6 +137,7 @@ def pages() -> dict[Path, str]:
         PAGE: page(),
         README: filled(README, "methods", methods_table()),
         CURVATURE: filled(CURVATURE, "tools", tools_table()),
+        LANDSCAPES: filled(LANDSCAPES, "surfaces", surfaces_table()),
     }
 
 

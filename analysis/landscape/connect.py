@@ -23,7 +23,7 @@ from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector, norm
 from analysis.landscape.adapter_plane import check_comparable
-from analysis.landscape.plane import difference, refuse_non_finite, weights_of
+from analysis.landscape.plane import difference, fitting, refuse_non_finite, weights_of
 from analysis.settings import MeasureSettings
 from bilora.adapters.swap import swapped
 from bilora.errors import UserError
@@ -141,13 +141,7 @@ def _weights_at(start: WeightSpace, end: WeightSpace | Vector, names: tuple[str,
     if isinstance(end, WeightSpace):
         check_comparable((start, end), names)
         return start.aligned(weights_of(end))
-    missing = start.parameters.keys() - end.keys()
-    if missing:
-        raise UserError(f"{names[1]} lacks {min(missing)}: give weights for every parameter of the {start.name} space")
-    try:
-        return start.aligned(end)
-    except ValueError as error:
-        raise UserError(f"{names[1]} does not fit the {start.name} space: {error}") from error
+    return fitting(start, end, names[1])
 
 
 def _between(here: Vector, there: Vector, t: float) -> Vector:

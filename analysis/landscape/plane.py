@@ -68,6 +68,21 @@ def weights_of(space: WeightSpace) -> Vector:
     return {name: parameter.detach() for name, parameter in space.parameters.items()}
 
 
+def fitting(space: WeightSpace, point: Vector, label: str) -> Vector:
+    """``point``, called ``label``, in the dtype and on the device of the parameters, all of which it must name.
+
+    Raises:
+        UserError: it lacks one, or a shape differs.
+    """
+    missing = space.parameters.keys() - point.keys()
+    if missing:
+        raise UserError(f"{label} lacks {min(missing)}: give weights for every parameter of the {space.name} space")
+    try:
+        return space.aligned(point)
+    except ValueError as error:
+        raise UserError(f"{label} does not fit the {space.name} space: {error}") from error
+
+
 def like(space: WeightSpace, vector: Vector) -> Vector:
     """A vector rounded from float64 to the dtype of the space's parameters, on their device."""
     return {name: tensor.to(space.parameters[name]) for name, tensor in vector.items()}

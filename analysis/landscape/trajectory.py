@@ -31,6 +31,7 @@ from analysis.landscape.plane import (
     coordinates,
     cosine,
     difference,
+    fitting,
     like,
     principal_axes,
     refuse_non_finite,
@@ -90,7 +91,7 @@ def trajectory_plane(
     names = tuple(labels) if labels is not None else tuple(f"checkpoint {i + 1}" for i in range(len(weights)))
     if len(names) != len(weights):
         raise UserError(f"{len(names)} labels do not fit {len(weights)} checkpoints: give one for each")
-    points = [_fitting(space, point, name) for point, name in zip(weights, names, strict=True)]
+    points = [fitting(space, point, name) for point, name in zip(weights, names, strict=True)]
     refuse_non_finite(points, names)
     final, home = points[-1], weights_of(space)
     exact, explained = principal_axes(points, final, "checkpoints")
@@ -186,16 +187,6 @@ def _check_same_run(before: Vector, after: Vector, label: str) -> None:
 
 def _equal(one: Vector, other: Vector) -> bool:
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-def _fitting(space: WeightSpace, point: Vector, label: str) -> Vector:
-    missing = space.parameters.keys() - point.keys()
-    if missing:
-        raise UserError(f"{label} lacks {min(missing)}: give weights for every parameter of the {space.name} space")
-    try:
-        return space.aligned(point)
-    except ValueError as error:
-        raise UserError(f"{label} does not fit the {space.name} space: {error}") from error
 
 
 def _loss_at(objective: Objective, space: WeightSpace, point: Vector) -> float:

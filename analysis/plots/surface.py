@@ -182,8 +182,8 @@ def _draw_surface(axes: Axes, surface: Surface, scale: Scale) -> tuple[ContourSe
     axes.plot(0, 0, marker="+", color="white", markersize=9, markeredgewidth=2.4, zorder=5)
     axes.plot(0, 0, marker="+", color="black", markersize=8, markeredgewidth=1.0, zorder=5)
     filled = scale.height(surface.marks["excess"].to_numpy(float))
-    dots = axes.scatter(surface.marks["x"], surface.marks["y"], s=22, zorder=6, label=MARKS, linewidths=1.0)
-    dots.set(edgecolor="white", path_effects=[effects.withStroke(linewidth=2, foreground="black")])
+    dots = axes.scatter(surface.marks["x"], surface.marks["y"], s=24, zorder=6, label=MARKS, linewidths=0.4)
+    dots.set(edgecolor="white", path_effects=[effects.withStroke(linewidth=1.6, foreground="black")])
     dots.set_facecolor([
         "white" if np.isnan(at) else mpl.colormaps[_COLOURS](Normalize(low, high)(at)) for at in filled
     ])  # fmt: skip
