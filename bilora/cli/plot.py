@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bilora.cli.quiet import silence_libraries
 from bilora.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def plot(
     ] = None,
 ) -> None:
     """Draw every figure whose rows are there: PNG, PDF, SVG, CSV and JSON; surfaces also as HTML and VTK."""
+    silence_libraries()
     from analysis.plots import draw_all
     from analysis.plots.save import frame_hash
 

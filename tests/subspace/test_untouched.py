@@ -45,9 +45,9 @@ def test_weights_keep_their_bits(measure, space_name, dtype):
 
 @pytest.mark.parametrize("space_name", ["full", "lora"])
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("call", [3, 5, 8])
+@pytest.mark.parametrize("call", [5, 7, 10])
 def test_weights_keep_their_bits_after_an_error(measure, space_name, call):
-    """Three batches a loss: call 3 is the last batch of the first loss, 5 and 8 lie inside later ones."""
+    """Two calls find out what the head reads; then, of three batches a loss, 5 is the last of the first."""
     model = with_lora(tiny_bert(torch.float32))
     space = SPACES[space_name](model)
     users, copies = state(model), state(space.model)
@@ -65,7 +65,7 @@ def test_subspaces_keep_the_bits(failing):
     spaces = {"full": WeightSpace.full(model), "lora": WeightSpace.lora(model)}
     users, copies = state(model), {name: state(space.model) for name, space in spaces.items()}
     if failing:
-        fail_at(spaces[failing].model, 2)
+        fail_at(spaces[failing].model, 4)
         with pytest.raises(Fault):
             outside_shares(bert_objective(), spaces["full"], spaces["lora"])
     else:

@@ -31,6 +31,8 @@ def nf4_bert(storage=torch.uint8):
                 quant_storage=storage,
             )
             packed.load_state_dict(module.state_dict())
+            # Where the CPU multiplies bfloat16, evaluation would repack the weights, which needs sizes divisible by 32.
+            packed.support_avx512bf16_for_cpu = False
             model.bert.encoder.set_submodule(name, packed.to("cpu"))
     model.is_loaded_in_4bit = True
     return model
