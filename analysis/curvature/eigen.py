@@ -109,7 +109,8 @@ def top_eigenvalues(
             (``which="magnitude"`` of the Hessian alone; ``tolerance`` is then the change of the eigenvalue between two
             of its iterations and ``max_products`` the iterations for each pair); ``"scipy"`` runs ARPACK, which counts
             restarts and may go beyond ``max_products`` by one. The residuals are ours in any case.
-        graphs: keep the gradient's graphs between products, rebuild them, or keep as many as fit into 2 GiB.
+        graphs: keep the gradient's graphs between products, rebuild them, or keep as many as leave half of the
+            memory free.
         autocast: dtype in which the model runs, with the float32 weights as masters.
         differences: ``"central"`` or ``"one-sided"`` differences of the gradient instead of exact products, for a quick
             look: residuals stay near 1e-2. They are taken from exact products, one a pair.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from analysis.core.memory import free_memory
 from analysis.core.objective import Objective
 from analysis.core.space import WeightSpace
 from analysis.curvature.operator import CurvatureOperator
@@ -18,9 +19,6 @@ from bilora.errors import UserError
 
 Graphs = Literal["auto", "retain", "rebuild"]
 
-GRAPH_BUDGET = 2 << 30
-"""Bytes that graphs kept between products may take with ``graphs="auto"``."""
-
 
 class GraphOperator(CurvatureOperator):
     """Products batch by batch through a graph that serves all vectors of a call.
@@ -29,8 +27,8 @@ class GraphOperator(CurvatureOperator):
         objective: the mean loss.
         space: where, and with respect to which weights. They must not change during the operator's life.
         graphs: ``"retain"`` keeps every batch's graph from the first product on, ``"rebuild"`` none, ``"auto"`` as many
-            as fit into ``budget``. The numbers are the same.
-        budget: bytes, for ``"auto"``.
+            as fit into ``budget``. The numbers are the same, bit for bit.
+        budget: bytes, for ``"auto"``; by default graphs are kept while half of the memory stays free.
         autocast: run the model under autocast in this dtype, with the float32 weights as masters.
 
     Attributes:
@@ -46,7 +44,7 @@ class GraphOperator(CurvatureOperator):
         space: WeightSpace,
         *,
         graphs: Graphs = "auto",
-        budget: int = GRAPH_BUDGET,
+        budget: int | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
         if graphs not in ("auto", "retain", "rebuild"):
@@ -60,7 +58,9 @@ class GraphOperator(CurvatureOperator):
         self._autocast = autocast
         self._graphs: dict[int, Any] = {}
         self._meter = GraphMeter(space)
-        self._room = {"auto": budget, "retain": None, "rebuild": 0}[graphs]
+        self._keeping = graphs != "rebuild"
+        self._budget = budget
+        self._limited = graphs == "auto"
 
     @property
     def retained(self) -> int:
@@ -70,7 +70,7 @@ class GraphOperator(CurvatureOperator):
     def close(self) -> None:
         """Free the kept graphs. Products go on working, rebuilt each time."""
         self._graphs.clear()
-        self._room = 0
+        self._keeping = False
 
     @abstractmethod
     def _build(self, index: int) -> Any:
@@ -100,17 +100,26 @@ class GraphOperator(CurvatureOperator):
         """The batch's graph, and whether it outlives this call."""
         if index in self._graphs:
             return self._graphs[index], True
-        if self._room is not None and self._meter.bytes >= self._room:
+        if not self._keeping:
             return self._build_now(index), False
-        with self._meter.counting(), StoredSecondDerivatives():
+        # Asked at every graph, for other processes may do the same at the same time.
+        room = self._room() if self._limited else None
+        with self._meter.counting():
             graph = self._build_now(index)
-        if self._room is None or self._meter.bytes <= self._room:
+        self._keeping = room is None or self._meter.last <= room
+        if self._keeping:
             self._graphs[index] = graph
-        return graph, index in self._graphs
+        return graph, self._keeping
+
+    def _room(self) -> int:
+        if self._budget is None:
+            return free_memory(self.device)
+        return self._budget - self._meter.bytes
 
     def _build_now(self, index: int) -> Any:
         # The fused attention kernels have no second derivative (pytorch#116350); the decomposed one is exact.
-        with sdpa_kernel(SDPBackend.MATH):
+        # Rebuilt graphs are made like kept ones, at 4 % more a product: how many are kept must not change a bit.
+        with sdpa_kernel(SDPBackend.MATH), StoredSecondDerivatives():
             return self._build(index)
 
     def _output(self, index: int) -> tuple[Tensor, Tensor | None]:
@@ -123,17 +132,19 @@ class GraphMeter:
     """Counts the bytes that the graphs built inside :meth:`counting` keep alive beyond the space's model.
 
     Attributes:
-        bytes: so far.
+        bytes: of all so far.
+        last: of the last one.
     """
 
     def __init__(self, space: WeightSpace) -> None:
-        self.bytes = 0
+        self.bytes = self.last = 0
         self._model = {p.untyped_storage().data_ptr() for p in space.model.parameters()}
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what is saved inside the block."""
         seen = set(self._model)  # an address may be used again once its tensor is freed
+        before = self.bytes
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -144,6 +155,7 @@ class GraphMeter:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _same):
             yield
+        self.last = self.bytes - before
 
 
 def _same(tensor: Tensor) -> Tensor:

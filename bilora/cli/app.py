@@ -7,6 +7,7 @@ import typer
 
 from bilora.cli import compare, landscape, measure, methods, plot, train
 from bilora.cli.errors import exit_code
+from bilora.cli.processes import own_process_group
 
 app = typer.Typer(
     name="bilora",
@@ -44,4 +45,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes those of the process.
     """
     given = None if arguments is None else list(arguments)
-    return exit_code(lambda: app(given, prog_name="bilora", standalone_mode=False))
+    with own_process_group():
+        return exit_code(lambda: app(given, prog_name="bilora", standalone_mode=False))

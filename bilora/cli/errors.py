@@ -6,7 +6,7 @@ from collections.abc import Callable
 import typer
 from pydantic import ValidationError
 
-from bilora.cli.quiet import is_main_process
+from bilora.cli.processes import is_main_process
 from bilora.errors import UserError
 
 BAD_INPUT = 2

@@ -17,8 +17,3 @@ def silence_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one of several (``accelerate launch``) that speaks."""
-    return os.environ.get("RANK", "0") == "0"

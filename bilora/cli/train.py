@@ -8,7 +8,8 @@ import typer
 
 from bilora.cli import options
 from bilora.cli.options import parse_assignments
-from bilora.cli.quiet import is_main_process, silence_libraries
+from bilora.cli.processes import is_main_process
+from bilora.cli.quiet import silence_libraries
 
 if TYPE_CHECKING:
     from bilora.training.record import TrainRecord

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis.core import Objective, WeightSpace, gaussian
-from analysis.curvature import HessianOperator
+from analysis.curvature import GaussNewtonOperator, HessianOperator
 from bilora.errors import UserError
 from tests.oracles import tiny
 
@@ -35,6 +35,26 @@ def test_no_batch_is_kept_beyond_the_budget(space):
     operator = HessianOperator(Objective(BATCHES), space, budget=1)
     operator(gaussian(space, 0, 0))
     assert operator.retained == 0
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator])
+def test_kept_and_rebuilt_graphs_give_the_same_bits(kind):
+    own = WeightSpace.full(tiny.bert(dtype=torch.float32))
+    v = {name: part.float() for name, part in gaussian(own, 0, 0).items()}
+    found = []
+    for graphs, budget in (("rebuild", 0), ("retain", 0), ("auto", 200_000)):
+        with kind(Objective(BATCHES), own, graphs=graphs, budget=budget) as operator:
+            found.append([operator(v) for _ in range(2)])
+    for products in found:
+        assert all(torch.equal(product[name], part) for product in products for name, part in found[0][0].items())
+
+
+@pytest.mark.parametrize(("free", "kept"), [(0, 0), (1 << 40, 4)])
+def test_graphs_are_kept_while_memory_is_free(space, monkeypatch, free, kept):
+    monkeypatch.setattr("analysis.curvature.graphs.free_memory", lambda device: free)
+    operator = HessianOperator(Objective(BATCHES), space)
+    operator(gaussian(space, 0, 0))
+    assert operator.retained == kept
 
 
 def test_closing_frees_the_graphs(space, monkeypatch):

@@ -34,6 +34,7 @@ def main(folder: Path) -> None:
         if state.is_main_process:
             method_state = {k: v.contiguous() for k, v in trainer.method.state_dict().items()}
             save_file({**factors(model), **method_state}, folder / f"{name}-{state.num_processes}.safetensors")
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
