@@ -65,7 +65,7 @@ class LossSurface:
     losses: Array  # (rows, columns); the loss at the centre is exactly the one of ``base``
     accuracies: Array  # (rows, columns), NaN where not evaluated or not defined
     evaluated: npt.NDArray[np.bool_]  # (rows, columns); the others are interpolated
-    error: float  # largest error seen at held-out points, over the range of losses; 0 where all were evaluated
+    error: float  # estimated largest error of an interpolated loss, over the range of losses; 0 where there is none
     precision: Precision
     precision_error: float  # largest difference to full precision at the points checked, over the range
     precision_cosine: float  # smallest cosine of a realised with its asked perturbation; 1 in full precision
@@ -78,7 +78,7 @@ class LossSurface:
         for number, (i, j) in enumerate(np.ndindex(self.losses.shape)):
             at = {"radius": float(self.x[j]), "y": float(self.y[i]), "index": number, **where}
             error = np.nan if self.evaluated[i, j] else self.error * span
-            rows.append(row("surface", "loss", float(self.losses[i, j]), standard_error=error, **at))
+            rows.append(row("surface", "loss", float(self.losses[i, j]), residual=error, **at))
             if not np.isnan(self.accuracies[i, j]):
                 rows.append(row("surface", "accuracy", float(self.accuracies[i, j]), **at))
         for number, mark in enumerate(self.plane.marks):
@@ -147,7 +147,8 @@ def loss_surface(
         target_rise: choose the extent instead, as the smallest of 1, 2, 5 · 10ⁿ at which the median loss rise at the
             four ends of the axes reaches this; a loss that is not finite counts as too much.
         error: evaluate only as many points as are needed to interpolate the others to within this share of the
-            range of losses, judged by held-out points; None: evaluate every point. Also where the error is not met.
+            range of losses, by :mod:`analysis.landscape.adaptive`'s estimate; None: evaluate every point. Also where
+            the error is not met.
         precision: ``"bfloat16"``: run the model in bfloat16, from perturbed weights in full precision. The
             difference to full precision at the centre is taken away everywhere, and that at two corners and two
             points half-way is reported; where it is above 2 % of the range, all is done again in full precision.

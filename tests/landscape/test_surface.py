@@ -142,8 +142,10 @@ def test_rows_tell_what_a_figure_needs(bert):
     assert (losses[0]["radius"], losses[0]["y"]) == (-0.2, -0.2)
     assert losses[1]["radius"] == surface.x[1]
     assert losses[9]["y"] == surface.y[1]
-    interpolated = [not math.isnan(r["standard_error"]) for r in losses]
-    assert sum(interpolated) == 81 - surface.evaluated.sum()
+    left = [r["residual"] for r in losses]
+    expected = np.where(surface.evaluated, np.nan, surface.error * np.ptp(surface.losses))
+    np.testing.assert_array_equal(left, expected.ravel())
+    assert all(math.isnan(r["standard_error"]) for r in losses)
     scalars = {(r["quantity"], r["index"]): r["value"] for r in rows if r["quantity"] not in ("loss", "accuracy")}
     assert scalars["cosine", -1] == plane.cosine
     assert scalars["axis", 1] == norm(plane.axes[0])
