@@ -61,7 +61,7 @@ def adaptive_grid(evaluate: Callable[[Sequence[Node]], Sequence[float]], rows: i
         error: relative to the range of the values, in (0, 1).
     """
     nodes = [(i, j) for i in range(rows) for j in range(columns)]
-    places = np.array([_place(node, rows, columns) for node in nodes])
+    places = np.array([place_of(node, rows, columns) for node in nodes])
     known: dict[Node, float] = {}
 
     def ask(chosen: Sequence[Node]) -> Values:
@@ -74,7 +74,7 @@ def adaptive_grid(evaluate: Callable[[Sequence[Node]], Sequence[float]], rows: i
     missed: list[float] = []
     while len(known) < WORTH * len(nodes) and all(map(np.isfinite, known.values())):
         values = np.array([*known.values()])
-        fit = _Interpolant(np.array([_place(node, rows, columns) for node in known]), values)
+        fit = Interpolant(np.array([place_of(node, rows, columns) for node in known]), values)
         span = max(np.ptp(values), ROUNDING * np.abs(values).max(), np.finfo(np.float64).tiny)
         if len(missed) >= QUIET:
             seen = SAFETY * max(*missed[-QUIET:], _left_out(fit)) / span
@@ -84,7 +84,7 @@ def adaptive_grid(evaluate: Callable[[Sequence[Node]], Sequence[float]], rows: i
                 mask = np.array([node in known for node in nodes])
                 return Grid(predicted.reshape(rows, columns), mask.reshape(rows, columns), float(seen))
         chosen = _next(fit, nodes, places, known)
-        expected = fit(np.array([_place(node, rows, columns) for node in chosen]))
+        expected = fit(np.array([place_of(node, rows, columns) for node in chosen]))
         missed.append(float(np.abs(ask(chosen) - expected).max()))
     rest = [node for node in nodes if node not in known]
     if rest:
@@ -93,8 +93,8 @@ def adaptive_grid(evaluate: Callable[[Sequence[Node]], Sequence[float]], rows: i
     return Grid(values, np.ones((rows, columns), dtype=bool), 0.0)
 
 
-class _Interpolant:
-    """Cubic radial functions through ``values`` (n,) at ``places`` (n, 2)."""
+class Interpolant:
+    """Cubic radial functions through finite ``values`` (n,) at ``places`` (n, 2)."""
 
     def __init__(self, places: Values, values: Values) -> None:
         n = len(places)
@@ -117,7 +117,7 @@ class _Interpolant:
         return radial + linear
 
 
-def _left_out(fit: _Interpolant) -> float:
+def _left_out(fit: Interpolant) -> float:
     """Second largest leave-one-out residual within the outermost points.
 
     Leaving a point of the edge out means to extrapolate, which the interpolant does not. Nor does it lack the largest:
@@ -127,7 +127,7 @@ def _left_out(fit: _Interpolant) -> float:
     return float(inside[-2]) if len(inside) > 1 else 0.0
 
 
-def _next(fit: _Interpolant, nodes: Sequence[Node], places: Values, known: dict[Node, float]) -> list[Node]:
+def _next(fit: Interpolant, nodes: Sequence[Node], places: Values, known: dict[Node, float]) -> list[Node]:
     """Half of a batch where the interpolant is most doubtful, half where it is farthest from any known point."""
     chosen: list[Node] = []
     taken = fit.places
@@ -147,7 +147,8 @@ def _coarse(count: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(COARSE, count)).tolist()})
 
 
-def _place(node: Node, rows: int, columns: int) -> tuple[float, float]:
+def place_of(node: Node, rows: int, columns: int) -> tuple[float, float]:
+    """Where a node lies in [−1, 1]², whatever the window."""
     return (2 * node[0] / (rows - 1) - 1, 2 * node[1] / (columns - 1) - 1)
 
 
