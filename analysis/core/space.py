@@ -37,6 +37,7 @@ class WeightSpace:
 
     Attributes:
         name: ``"full"``, ``"lora"``, ``"lora_balanced"``, ``"all"`` or the pattern.
+        part: which block of the named space this is (:meth:`restricted`); empty for all of it.
         model: the copy: float32 (float64 if the user's model has float64 weights), ``eval()``, ``requires_grad`` on
             the parameters of this space alone.
         parameters: canonical name → parameter of ``model``; tied tensors once.
@@ -45,9 +46,16 @@ class WeightSpace:
     """
 
     def __init__(
-        self, name: str, model: nn.Module, parameters: dict[str, nn.Parameter], factors: dict[str, Factors]
+        self,
+        name: str,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        factors: dict[str, Factors],
+        *,
+        part: str = "",
     ) -> None:
         self.name = name
+        self.part = part
         self.model = model
         self.parameters = parameters
         self.factors = factors
@@ -192,15 +200,15 @@ class WeightSpace:
             moved[name] = vector[name].detach().to(parameter)
         return moved
 
-    def restricted(self, name: str, parameters: Iterable[str]) -> "WeightSpace":
-        """The space of some of these parameters, on the same model.
+    def restricted(self, part: str, parameters: Iterable[str]) -> "WeightSpace":
+        """The space of some of these parameters, on the same model; ``part`` says which.
 
         Raises:
             UserError: no parameter is named.
             KeyError: one that this space does not have.
         """
         chosen = {key: self.parameters[key] for key in parameters}
-        return WeightSpace(name, self.model, chosen, {})
+        return WeightSpace(self.name, self.model, chosen, {}, part=part)
 
     def flat(self, vector: Vector) -> Tensor:
         """``vector``, which must name every parameter, as one row of :attr:`size` entries in the parameters' order."""
