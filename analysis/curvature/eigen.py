@@ -98,8 +98,8 @@ def top_eigenvalues(
         which: largest magnitude, largest, smallest (most negative), or both ends in turn.
         seed: of the random start or restarts.
         start: first Lanczos vector. The gradient saves products and costs one gradient at most. Eigenvectors of a
-            nearby point (another adapter of the same base model: ``Spectrum.vectors``) save more; their sum is used. A
-            little noise is added, for either may be blind to what is wanted.
+            nearby point (another adapter of the same base model: ``Spectrum.vectors``) save more: give them in their
+            order, for the last get the largest share. A little noise is added: either may be blind to what is wanted.
         block: Lanczos vectors a step; above 1 finds multiple eigenvalues, for more products.
         max_basis: Lanczos vectors kept before a restart, each with its product. Default: all, up to 4 GiB.
         curvature: ``"hessian"``, or ``"ggn"`` for the generalised Gauss–Newton matrix.
