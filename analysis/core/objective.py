@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from analysis.core.bucketing import buckets
 from analysis.core.needed import run_model
 from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector
@@ -74,7 +75,8 @@ class Objective:
             dataset: columns as ``collate`` takes them; examples are sorted by the length of ``input_ids`` (stable,
                 longest first) where there is such a column.
             collate: list of examples → batch.
-            batch_size: examples a batch.
+            batch_size: examples a batch at most: where lengths differ a batch may end early
+                (:func:`~analysis.core.bucketing.buckets`).
             name, shifted: as the class.
 
         Raises:
@@ -84,14 +86,12 @@ class Objective:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
         if len(dataset) == 0:
             raise UserError(f"the {name} dataset is empty: give it at least one example")
-        order = list(range(len(dataset)))
-        if "input_ids" in dataset.column_names:
-            lengths = [len(ids) for ids in dataset["input_ids"]]
-            order.sort(key=lambda i: -lengths[i])
-        batches = [
-            collate([dataset[i] for i in order[start : start + batch_size]])
-            for start in range(0, len(order), batch_size)
-        ]
+        lengths = (
+            [len(ids) for ids in dataset["input_ids"]] if "input_ids" in dataset.column_names else [1] * len(dataset)
+        )
+        order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
+        cuts = buckets([lengths[i] for i in order], batch_size)
+        batches = [collate([dataset[i] for i in order[cut]]) for cut in cuts]
         return cls(batches, name=name, shifted=shifted)
 
     def loss(self, space: WeightSpace) -> float:
