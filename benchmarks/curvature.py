@@ -81,9 +81,9 @@ SENTENCES = 1024
 TUNED_STEPS = {
     ("bert", 1): 15,
     ("bert", 5): 45,
-    ("bert_trained 0", 5): 70,
-    ("bert_trained 1", 5): 30,
-    ("bert_trained 2", 5): 60,
+    ("bert_trained 0", 5): 65,
+    ("bert_trained 1", 5): 20,
+    ("bert_trained 2", 5): 20,
     ("bert_lora", 1): 10,
     ("bert_lora", 5): 60,
     ("minilm", 5): 30,
