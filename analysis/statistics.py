@@ -49,6 +49,7 @@ CURVES = frozenset(
     {
         ("density", "density"),
         ("worst_case", "best_rise"),
+        ("worst_case", "start_rise"),
         *(("surface", name) for name in ("loss", "accuracy", "mark")),
         *(("connectivity", name) for name in ("loss", "accuracy")),
     }
