@@ -21,7 +21,7 @@ from analysis.study.single import ADAPTER, Subject, find_subject
 from analysis.study.sources import measure_code
 from analysis.study.work import device, task_for
 from bilora.errors import UserError
-from bilora.tasks import TaskSpec, load_model
+from bilora.tasks import TaskSpec, base_fingerprint, load_model
 from bilora.training.run import CHECKPOINTS
 
 Kind = Literal["adapters", "trajectory", "connect"]
@@ -116,8 +116,7 @@ def landscape_rows(
     Raises:
         UserError: bad data, adapters that do not fit together, too few checkpoints or examples.
     """
-    base = subjects[0].base
-    loaded = task_for(task, base)
+    loaded = task_for(task, subjects[0].base)
     chosen = getattr(loaded, spec.split)
     if spec.examples is not None:
         if spec.examples > len(chosen):
@@ -125,7 +124,7 @@ def landscape_rows(
         chosen = chosen.select(range(spec.examples))
     objective = Objective.from_dataset(chosen, loaded.collate, batch_size=spec.batch_size, name=spec.split)
 
-    def fresh() -> Any:
+    def fresh(base: str = subjects[0].base) -> Any:
         return load_model(base, task.kind, loaded.num_labels, tokenizer=loaded.tokenizer).to(device())
 
     form = WeightSpace.full if spec.space == "full" else WeightSpace.lora
@@ -136,7 +135,8 @@ def landscape_rows(
         space = found.space
         plane = trajectory.trajectory_plane(space, found.weights, found.labels, objective=objective)
     else:
-        models = [load_trained(subject.folder, fresh()).model for subject in subjects]
+        models = [load_trained(subject.folder, fresh(subject.base)).model for subject in subjects]
+        _check_one_base(models, labels)
         spaces = [adapter_plane.trained_space(model, form) for model in models]
         if spec.kind == "connect":
             return _connections(objective, spaces, labels, spec, watch)
@@ -144,6 +144,17 @@ def landscape_rows(
         plane = adapter_plane.adapter_plane(spaces, labels, objective=objective)
     settings = spec.model_dump(include={"points", "error", "precision", "workers"})
     return rows_frame(surface.loss_surface(objective, space, plane, store=store, watch=watch, **settings).rows())
+
+
+def _check_one_base(models: Sequence[Any], labels: Sequence[str]) -> None:
+    """Weights that the adapters change may be all that differs between two base models: a space would not notice."""
+    first, *others = (base_fingerprint(model) for model in models)
+    for label, other in zip(labels[1:], others, strict=True):
+        if other != first:
+            raise UserError(
+                f"{labels[0]} and {label} were trained on different base models: give adapters of one, or name it "
+                "with --model if they only record it differently"
+            )
 
 
 def _connections(

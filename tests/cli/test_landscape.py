@@ -21,7 +21,8 @@ DATA = ["--validation-examples", "12", "--train-examples", "12", "--max-length",
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """``model``; adapters ``a``, ``b``, ``c`` and, of rank 3, ``other`` on it; ``run`` with four checkpoints."""
+    """``model``; adapters ``a``, ``b``, ``c`` and, of rank 3, ``other`` on it; ``run`` with four checkpoints, ``short``
+    with two; ``elsewhere``, an adapter of ``model2``, which differs in the adapted layers alone."""
     root = tmp_path_factory.mktemp("landscapes")
     tokenizer = load_tokenizer("minilm")
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -30,9 +31,14 @@ def folders(tmp_path_factory):
     base.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
 
-    def save(place, seed, rank=2):
+    with torch.no_grad():
+        base.bert.encoder.layer[0].attention.self.query.weight.mul_(1.5)
+    base.save_pretrained(root / "model2")
+    tokenizer.save_pretrained(root / "model2")
+
+    def save(place, seed, rank=2, model="model"):
         torch.manual_seed(seed)
-        fresh = BertForSequenceClassification.from_pretrained(root / "model")
+        fresh = BertForSequenceClassification.from_pretrained(root / model)
         config = LoraConfig(r=rank, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
         get_peft_model(fresh, config).save_pretrained(root / place)
 
@@ -41,6 +47,9 @@ def folders(tmp_path_factory):
     save("other", 3, rank=3)
     for step in (5, 10, 100, 20):
         save(f"run/checkpoints/checkpoint-{step}", step)
+    for step in (5, 10):
+        save(f"short/checkpoint-{step}", step)
+    save("elsewhere", 4, model="model2")
     return root
 
 
@@ -123,6 +132,7 @@ BAD = {
     "one for a line": ("connect", "a", [], "needs 2 adapters"),
     "two runs": ("trajectory", "ab", [], "one run at a time"),
     "no checkpoints": ("trajectory", "a", [], "no checkpoints"),
+    "two checkpoints": ("trajectory", ["short"], [], "needs 3 checkpoints or more, not 2"),
     "twice the same": ("connect", "aa", [], "called a"),
     "another rank": ("connect", ["a", "other"], ["--space", "lora"], "differ"),
     "no adapter": ("connect", ["a", "model"], [], "no adapter"),
@@ -146,6 +156,16 @@ def test_bad_input_is_refused_in_one_line(folders, here, capsys, case):
     (line,) = [line for line in captured.err.strip().splitlines() if line.startswith("error")]
     assert said in line
     assert not (here / "rows.parquet").exists()
+
+
+@pytest.mark.parametrize(("kind", "names"), [("connect", ["a", "elsewhere"]), ("adapters", ["a", "b", "elsewhere"])])
+@pytest.mark.parametrize("space", ["full", "lora"])
+def test_adapters_of_different_base_models_are_refused(folders, here, capsys, kind, names, space):
+    places = [str(folders / name) for name in names]
+    assert main(["landscape", kind, *places, *DATA, "--space", space, "-o", "rows.parquet"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: a, seed 0 and elsewhere, seed 0 were trained on different base models")
+    assert not list(here.iterdir())
 
 
 def test_several_adapters_are_measured_alike_and_told_apart(folders, here):
