@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bilora.cli import options
+from bilora.cli.console import console_for_tables
 from bilora.cli.measuring_bar import MeasuringBar
 from bilora.cli.quiet import silence_libraries
 from bilora.errors import UserError
@@ -62,7 +63,6 @@ def landscape(
     if not verbose:
         silence_libraries()
     from pydantic import ValidationError
-    from rich.console import Console
 
     from analysis.landscape.store import PointStore
     from analysis.study.files import read_measured, write_measured
@@ -112,6 +112,6 @@ def landscape(
             frame = landscape_rows(subjects, task, spec, store, bar.watch(kind))
         write_measured(output, frame, made_of, named(folders) if len(folders) == 1 else [])
         store.remove()
-    console = Console()
+    console = console_for_tables()
     console.print(rows_table(frame))
     console.print(f"rows in {output}", markup=False, highlight=False, soft_wrap=True)

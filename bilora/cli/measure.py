@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bilora.cli import options
+from bilora.cli.console import console_for_tables
 from bilora.cli.measuring_bar import MeasuringBar
 from bilora.cli.plot import plot
 from bilora.cli.quiet import silence_libraries
@@ -84,6 +85,7 @@ def measure(
         silence_libraries()
     from analysis.core.measure import Interrupted
     from analysis.frame import rows_frame
+    from analysis.study.differences import check_free
     from analysis.study.files import read_measured, write_measured
     from analysis.study.several import determinants_of, measure_subjects, named
     from analysis.study.single import find_subject
@@ -113,6 +115,9 @@ def measure(
     names = named(subjects)
     made_of = determinants_of(found, task, entries)
     frame = read_measured(output, made_of, force=force)
+    several = len({method for method, _ in names}) > 1
+    if several:
+        check_free(output, force=force)
     if frame is None:
         unfinished = Unfinished(output, made_of)
         try:
@@ -126,6 +131,8 @@ def measure(
         write_measured(output, frame, made_of, names)
         unfinished.clear()
     _show(frame, output)
+    if several:
+        _show_differences(frame, output)
     if figures is not None:
         plot([output], figures)
 
@@ -177,10 +184,22 @@ def _entries(
 
 
 def _show(frame: "pd.DataFrame", output: Path) -> None:
-    from rich.console import Console
-
     from analysis.study.table import rows_table
 
-    console = Console()
+    console = console_for_tables()
     console.print(rows_table(frame))
     console.print(f"rows in {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_differences(frame: "pd.DataFrame", output: Path) -> None:
+    from analysis.study.differences import measured_differences, write_differences
+    from analysis.study.table import differences_table
+
+    console = console_for_tables()
+    differences = measured_differences(frame)
+    if differences.empty:
+        console.print("no differences: no two methods share a training seed", highlight=False)
+        return
+    console.print(differences_table(differences))
+    path = write_differences(output, differences)
+    console.print(f"differences in {path}", markup=False, highlight=False, soft_wrap=True)

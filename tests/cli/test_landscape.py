@@ -10,13 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification
 
 from bilora.cli.app import main
 from bilora.tasks import load_tokenizer
-
-DATA = ["--validation-examples", "12", "--train-examples", "12", "--max-length", "16", "--batch-size", "4"]
+from tests.cli.small import DATA, save_adapter, save_model
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +21,14 @@ def folders(tmp_path_factory):
     """``model``; adapters ``a``, ``b``, ``c`` and, of rank 3, ``other`` on it; ``run`` with four checkpoints, ``short``
     with two; ``elsewhere``, an adapter of ``model2``, which differs in the adapted layers alone."""
     root = tmp_path_factory.mktemp("landscapes")
-    tokenizer = load_tokenizer("minilm")
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    base = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **size))
-    base.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-
+    base = save_model(root / "model")
     with torch.no_grad():
         base.bert.encoder.layer[0].attention.self.query.weight.mul_(1.5)
     base.save_pretrained(root / "model2")
-    tokenizer.save_pretrained(root / "model2")
+    load_tokenizer("minilm").save_pretrained(root / "model2")
 
     def save(place, seed, rank=2, model="model"):
-        torch.manual_seed(seed)
-        fresh = BertForSequenceClassification.from_pretrained(root / model)
-        config = LoraConfig(r=rank, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
-        get_peft_model(fresh, config).save_pretrained(root / place)
+        save_adapter(root / place, root / model, seed, rank)
 
     for seed, name in enumerate("abc"):
         save(name, seed)
