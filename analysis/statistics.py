@@ -44,6 +44,9 @@ BOOKKEEPING = frozenset(
 )
 """``(measure, quantity)`` pairs that say what a number cost."""
 
+SUBSET = frozenset({"examples", "examples_available", "subset_error"})
+"""Quantities of any measure that say what a number is worth that was taken on some of the examples."""
+
 CURVES = frozenset(
     {
         ("density", "density"),
@@ -153,7 +156,8 @@ def paired_differences(
         raise UserError(f"baseline {baseline!r} is not among the methods measured: name one of {', '.join(methods)}")
     check_same_m(frame)
     names = zip(frame["measure"], frame["quantity"], strict=True)
-    rows = _marked(frame[[name not in CURVES | BOOKKEEPING for name in names]])
+    compared = [name not in CURVES | BOOKKEEPING and name[1] not in SUBSET for name in names]
+    rows = _marked(frame[compared])
     pairs = _pairs(rows, baseline)
     keys = ["method", *KEYS]
     table = (

@@ -16,6 +16,7 @@ from analysis.registry import MEASURES
 from analysis.study.inputs import content_digest, data_identity, library_versions, model_identity
 from analysis.study.sources import measure_code
 from analysis.study.spec import MeasureEntry
+from analysis.study.subset import subset_rows
 from analysis.study.unfinished import Unfinished
 from analysis.study.work import device, objective_for, task_for
 from bilora.errors import UserError
@@ -154,7 +155,12 @@ def measure_subject(
                 seen = watch(f"{entry.measure}, {name} space" if name else entry.measure) if watch else None
                 measure = MEASURES[entry.measure]
                 store = unfinished.points(entry.measure, name) if measure.keeps_points else None
-                found = measure.result(objective, spaces[kind], entry.settings_for(seed), trained, seen, store).rows()
+                settings = entry.settings_for(seed)
+                result = measure.result(objective, spaces[kind], settings, trained, seen, store)
+                found = result.rows()
+                available = len(getattr(loaded, entry.split))
+                used = entry.examples or available
+                found += subset_rows(found, used, available, objective, spaces[kind], result, settings)
                 unfinished.add(entry.measure, name, found)
             rows += found
     return rows_frame(rows)

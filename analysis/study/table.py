@@ -96,7 +96,7 @@ def rows_table(frame: pd.DataFrame) -> Table:
 
 
 def differences_table(differences: pd.DataFrame) -> Table:
-    """Paired differences of whole spaces, a line a method and quantity; points of lines and repeated means are left out.
+    """Paired differences of whole spaces, a line a method and quantity, without points of lines and repeated means.
 
     The interval is uncorrected; a verdict is that of the interval corrected over methods.
     """

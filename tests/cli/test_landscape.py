@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis import Objective
 from bilora.cli.app import main
+from bilora.cli.measuring_bar import MeasuringBar
 from bilora.tasks import load_tokenizer
 from tests.cli.small import DATA, save_adapter, save_model
 
@@ -115,6 +117,71 @@ def test_a_killed_plane_continues(folders, here):
     assert not store.exists()
 
 
+def test_lines_between_adapters_are_kept_and_shared_by_workers(folders, here, monkeypatch):
+    assert main(command("connect", folders, "abc", "--points", "5", "--error", "0")) == 0
+    alone = pd.read_parquet("rows.parquet")
+    kept = []
+
+    def stop(self, name):
+        def tell(done, most, note):
+            kept.append(name)
+            if len(kept) == 9:  # 0 to 5 points of the first line, then 0 to 2 of the second
+                raise KeyboardInterrupt
+
+        return tell
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MeasuringBar, "watch", stop)
+        assert main(command("connect", folders, "abc", "--points", "5", "--force")) == 130
+    stored = {path.name: path.read_bytes().count(b"\n") - 1 for path in here.glob("*.jsonl")}
+    assert stored == {"rows.1-2.points.jsonl": 5, "rows.1-3.points.jsonl": 2}
+    evaluated = []
+    evaluate = Objective.evaluate
+    monkeypatch.setattr(Objective, "evaluate", lambda self, space: evaluated.append(1) or evaluate(self, space))
+    assert main(command("connect", folders, "abc", "--points", "5", "--force")) == 0
+    assert len(evaluated) == 15 - 7
+    pd.testing.assert_frame_equal(pd.read_parquet("rows.parquet"), alone)
+    assert not list(here.glob("*.jsonl"))
+
+
+@pytest.mark.slow
+def test_worker_processes_find_the_same_lines(folders):
+    assert main(command("connect", folders, "ab", "--points", "5")) == 0
+    alone = pd.read_parquet("rows.parquet")
+    assert main(command("connect", folders, "ab", "--points", "5", "--workers", "2", "-o", "two.parquet")) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet("two.parquet"), alone)
+
+
+@pytest.mark.parametrize("space", ["all", "lora_balanced"])
+@pytest.mark.parametrize("kind", ["adapters", "trajectory", "connect"])
+def test_every_space(folders, space, kind):
+    names = ["run"] if kind == "trajectory" else "abc"
+    assert main(command(kind, folders, names, "--points", "5", "--error", "0", "--space", space)) == 0
+    rows = pd.read_parquet("rows.parquet")
+    assert set(rows["space"]) == {space}
+    assert main(command(kind, folders, names, "--points", "5", "--error", "0", "-o", "full.parquet")) == 0
+    full = pd.read_parquet("full.parquet")
+    if space == "all":  # what the adapters change is all that differs
+        same = rows["quantity"].isin(["loss", "mark", "distance"])
+    elif kind == "connect":
+        same = (rows["quantity"] == "loss") & rows["radius"].isin([0.0, 1.0])
+    else:
+        same = rows["quantity"] == "mark"
+    assert same.sum() >= 3
+    np.testing.assert_allclose(rows.loc[same, "value"], full.loc[same, "value"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "connect"])
+def test_a_landscape_of_some_examples_says_so_with_its_error(folders, kind):
+    assert main(command(kind, folders, "abc", "--points", "5", "--examples", "8")) == 0
+    rows = pd.read_parquet("rows.parquet")
+    by_quantity = rows.set_index("quantity")["value"]
+    assert (by_quantity["examples"], by_quantity["examples_available"]) == (8, 12)
+    errors = rows[rows["quantity"] == "subset_error"]
+    assert len(errors) == (4 if kind == "adapters" else 3)
+    assert (errors["value"] > 0).all()
+
+
 BAD = {
     "two for a plane": ("adapters", "ab", [], "needs 3 adapters"),
     "one for a line": ("connect", "a", [], "needs 2 adapters"),
@@ -132,6 +199,8 @@ BAD = {
     "too many examples": ("adapters", "abc", ["--examples", "9999"], "ask for fewer"),
     "bad error": ("adapters", "abc", ["--error", "2"], "error"),
     "bad precision": ("adapters", "abc", ["--precision", "float8"], "precision"),
+    "error of a line": ("connect", "ab", ["--error", "0.1"], "error is a setting of planes"),
+    "precision of a line": ("connect", "ab", ["--precision", "bfloat16"], "precision is a setting of planes"),
     "no workers": ("adapters", "abc", ["--workers", "0"], "workers"),
 }
 
