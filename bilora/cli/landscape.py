@@ -8,6 +8,7 @@ import typer
 from bilora.cli import options
 from bilora.cli.console import console_for_tables
 from bilora.cli.measuring_bar import MeasuringBar
+from bilora.cli.processes import from_main, is_main_process, join_processes
 from bilora.cli.quiet import silence_libraries
 from bilora.errors import UserError
 
@@ -118,14 +119,17 @@ def landscape(
         if output.resolve().parent == subject.folder.resolve():
             raise UserError(f"--output {output} lies among the files that are measured: choose a place outside")
     made_of = landscape_determinants(subjects, task, spec)
-    frame = read_measured(output, made_of, force=force)
+    join_processes()
+    frame = from_main(lambda: read_measured(output, made_of, force=force))
     if frame is None:
         stores = point_stores(output, spec, len(subjects))
         with MeasuringBar() as bar:
-            frame = landscape_rows(subjects, task, spec, stores, bar.watch(kind))
-        write_measured(output, frame, made_of, named(folders) if len(folders) == 1 else [])
-        for store in stores:
-            store.remove()
-    console = console_for_tables()
-    console.print(rows_table(frame))
-    console.print(f"rows in {output}", markup=False, highlight=False, soft_wrap=True)
+            frame = landscape_rows(subjects, task, spec, stores, bar.watch(kind) if is_main_process() else None)
+        if is_main_process():
+            write_measured(output, frame, made_of, named(folders) if len(folders) == 1 else [])
+            for store in stores:
+                store.remove()
+    if is_main_process():
+        console = console_for_tables()
+        console.print(rows_table(frame))
+        console.print(f"rows in {output}", markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from bilora.cli import options
 from bilora.cli.console import console_for_tables
 from bilora.cli.measuring_bar import MeasuringBar
 from bilora.cli.plot import plot
+from bilora.cli.processes import from_main, is_main_process, join_processes
 from bilora.cli.quiet import silence_libraries
 from bilora.errors import UserError
 
@@ -114,12 +115,21 @@ def measure(
             )
     names = named(subjects)
     made_of = determinants_of(found, task, entries)
-    frame = read_measured(output, made_of, force=force)
     several = len({method for method, _ in names}) > 1
-    if several:
-        check_free(output, force=force)
+    join_processes()
+
+    def before() -> "tuple[pd.DataFrame | None, Unfinished]":
+        finished = read_measured(output, made_of, force=force)
+        if several:
+            check_free(output, force=force)
+        return finished, Unfinished(output, made_of)
+
+    frame, unfinished = from_main(before)
+    if not is_main_process():
+        if frame is None:
+            measure_subjects(found, task, entries, unfinished.reading())
+        return
     if frame is None:
-        unfinished = Unfinished(output, made_of)
         try:
             with MeasuringBar() as bar:
                 frame = measure_subjects(found, task, entries, unfinished, bar.watch)
