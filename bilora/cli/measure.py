@@ -42,7 +42,9 @@ def measure(
     space: Annotated[
         str | None,
         typer.Option(
-            "--space", help="full, lora, lora_balanced, separated by commas.", show_default="full and lora, if it has"
+            "--space",
+            help="full, lora, lora_balanced, all, separated by commas.",
+            show_default="full and lora, if it has",
         ),
     ] = None,
     data: options.DataOption = "rotten_tomatoes",
@@ -188,7 +190,7 @@ def _entries(
     unknown = [space for space in spaces if not any(space in entry.spaces for entry in entries)]
     if unknown:
         raise UserError(
-            f"--space {unknown[0]} is no space of {' or '.join(names)}: choose among full, lora and lora_balanced"
+            f"--space {unknown[0]} is no space of {' or '.join(names)}: choose among full, lora, lora_balanced and all"
         )
     return entries
 

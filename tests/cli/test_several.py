@@ -116,3 +116,7 @@ def test_a_file_in_the_way_of_differences_is_not_written_over(folders, here, cap
     assert "in the way of the differences" in capsys.readouterr().err
     assert [path.name for path in here.iterdir()] == ["rows.differences.parquet"]
     assert (here / "rows.differences.parquet").read_text() == "mine"
+
+
+def test_the_space_of_all_parameters(folders):
+    assert set(measured(folders, ["lora0"], "--space", "all")["space"]) == {"all"}
