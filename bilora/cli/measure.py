@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from analysis.study.spec import MeasureEntry
 
+DEFAULT_MEASURES = "quality,random,adversarial"
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
@@ -34,7 +36,17 @@ def measure(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file for the rows; its JSON goes beside it.")],
-    what: Annotated[str, typer.Option("--what", help="Measures, separated by commas.")] = "quality,random,adversarial",
+    what: Annotated[
+        str | None, typer.Option("--what", help="Measures, separated by commas.", show_default=DEFAULT_MEASURES)
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="Measures and settings of a published result: figure4 or table-a6 of the Bi-LoRA paper.",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="The base model, as in `bilora train`.", show_default="what the adapter names"),
@@ -82,6 +94,8 @@ def measure(
     assigned = options.parse_assignments(settings, "--set")
     if se is not None:
         assigned["random.se"] = se
+    if what is not None and preset is not None:
+        raise UserError(f"--preset {preset} says what to measure: leave out --what")
     if output.suffix != ".parquet":
         raise UserError(f"--output {output} is no .parquet file: name it so")
     if not verbose:
@@ -90,6 +104,7 @@ def measure(
     from analysis.frame import rows_frame
     from analysis.study.differences import check_free
     from analysis.study.files import read_measured, write_measured
+    from analysis.study.presets import preset_named
     from analysis.study.several import determinants_of, measure_subjects, named
     from analysis.study.single import find_subject
     from analysis.study.unfinished import Unfinished
@@ -108,7 +123,11 @@ def measure(
         }
     )
     common = {"split": split, "examples": examples, "batch_size": batch_size}
-    entries = _entries(_listed(what, "--what"), _listed(space, "--space") if space else [], common, assigned)
+    published = None if preset is None else preset_named(preset)
+    if published is not None:
+        what, assigned = published.what, {**published.settings, **assigned}
+    wanted = _listed(DEFAULT_MEASURES if what is None else what, "--what")
+    entries = _entries(wanted, _listed(space, "--space") if space else [], common, assigned)
     found = [find_subject(subject, model) for subject in subjects]
     for subject in subjects:
         if output.resolve().parent == subject.resolve():
@@ -146,7 +165,7 @@ def measure(
     if several:
         _show_differences(frame, output)
     if figures is not None:
-        plot([output], figures)
+        plot([output], figures, [published.figure] if published else None)
 
 
 def _listed(text: str, option: str) -> list[str]:

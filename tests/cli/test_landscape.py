@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,8 @@ from bilora.cli.app import main
 from bilora.cli.measuring_bar import MeasuringBar
 from bilora.tasks import load_tokenizer
 from tests.cli.small import DATA, save_adapter, save_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +98,33 @@ def test_every_pair_is_connected(folders):
     assert all(len(values) == 1 for values in by_adapter.values())
 
 
+DIES = """
+import os, signal, sys
+from analysis.landscape.store import PointStore
+from bilora.cli.app import main
+
+add, added = PointStore.add, []
+
+def dying(self, key, metrics):
+    add(self, key, metrics)
+    added.append(key)
+    if len(added) == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+PointStore.add = dying
+main(sys.argv[1:])
+"""
+
+
 def test_a_killed_plane_continues(folders, here):
-    arguments = command("adapters", folders, "abc", "--points", "21", "--error", "0")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bilora", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=here
-    )
+    arguments = command("adapters", folders, "abc", "--points", "7", "--error", "0")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", DIES, *arguments], env=environment, cwd=here, timeout=300)
+    assert done.returncode == -signal.SIGKILL
     store = here / "rows.points.jsonl"
-    while process.poll() is None and (not store.exists() or store.read_bytes().count(b"\n") < 30):
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     kept = store.read_bytes()
-    assert 30 <= kept.count(b"\n") < 441
+    assert kept.count(b"\n") == 1 + 30
+    assert not (here / "rows.parquet").exists()
     assert main(arguments) == 0
     rows = pd.read_parquet("rows.parquet")
     losses = rows[rows["quantity"] == "loss"]

@@ -120,3 +120,34 @@ def test_a_file_in_the_way_of_differences_is_not_written_over(folders, here, cap
 
 def test_the_space_of_all_parameters(folders):
     assert set(measured(folders, ["lora0"], "--space", "all")["space"]) == {"all"}
+
+
+@pytest.mark.parametrize(("preset", "figure"), [("figure4", "landscape"), ("table-a6", "adversarial_accuracy")])
+def test_a_published_result_is_one_command(folders, here, preset, figure):
+    places = [str(folders / name) for name in ("lora0", "bilora0")]
+    fewer = ["--set", "points=5", "--set", "directions=2"] if preset == "figure4" else []
+    command = ["measure", *places, *DATA, "--preset", preset, *fewer, "-o", "rows.parquet", "--figures", "figures"]
+    assert main(command) == 0
+    rows = pd.read_parquet("rows.parquet")
+    assert set(rows["space"]) == {"full", "lora"}
+    if preset == "figure4":
+        assert sorted(rows.loc[rows["quantity"] == "loss", "radius"].unique()) == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    else:
+        accuracy = rows[rows["quantity"] == "accuracy"]
+        assert sorted(accuracy["radius"].unique()) == [0.0, 0.5, 1.0, 2.5, 4.0, 5.0]
+    drawn = {path.name for path in (here / "figures").iterdir()}
+    assert drawn == {f"{figure}.{ending}" for ending in ("png", "pdf", "svg", "csv", "json")}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--preset", "figure5"], "choose one of figure4, table-a6"),
+        (["--preset", "figure4", "--what", "random"], "--what"),
+    ],
+)
+def test_bad_presets_are_refused(folders, here, capsys, more, said):
+    assert main(["measure", str(folders / "lora0"), *DATA, *more, "-o", "rows.parquet"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+    assert not list(here.iterdir())
