@@ -2,8 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +16,7 @@ from analysis.core.copies import evaluation_copy, merged_copy
 from analysis.core.factors import Factors
 from analysis.core.gauge import balanced
 from analysis.core.vectors import Vector, tensor_dot
+from bilora.adapters.interrupts import Exchange
 from bilora.adapters.layers import HEADS, AdaptedLayer
 from bilora.adapters.norms import squared_product_norms
 from bilora.adapters.swap import perturbed
@@ -219,18 +219,17 @@ class WeightSpace:
         parts = flat.split([p.numel() for p in self.parameters.values()])
         return {name: part.view(p.shape) for (name, p), part in zip(self.parameters.items(), parts, strict=True)}
 
-    @contextmanager
-    def perturbed(self, direction: Vector, scale: float = 1.0) -> Iterator[None]:
+    def perturbed(self, direction: Vector, scale: float = 1.0) -> Exchange:
         """Let the weights be ``parameter + scale·direction`` inside the block, then put them back bit for bit.
 
-        A parameter that ``direction`` does not name stays as it is. Backward passes must run inside the block.
+        They come back after an exception too, and whenever Ctrl+C comes. A parameter that ``direction`` does not name
+        stays as it is. Backward passes must run inside the block.
 
         Raises:
             ValueError: an unknown parameter name, or a shape that differs from the parameter's.
         """
         moved = self.aligned(direction)
-        with perturbed({self.parameters[name]: tensor for name, tensor in moved.items()}, scale):
-            yield
+        return perturbed({self.parameters[name]: tensor for name, tensor in moved.items()}, scale)
 
     @torch.no_grad()
     def induced_norm(self, direction: Vector, scale: float = 1.0) -> float:
