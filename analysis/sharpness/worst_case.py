@@ -74,6 +74,7 @@ class WorstCase:
     base_metrics: Mapping[str, float]  # loss, accuracy at the unperturbed weights
     steps: int  # of each search from each start
     restarts: int
+    seed: int  # of the random starts
     points: tuple[WorstCasePoint, ...]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -83,7 +84,7 @@ class WorstCase:
         at the worst point, and at radius 0 that of the weights; ``best_rise`` is the curve of the winning search
         (``index`` = step) and ``late_gain`` the share of its last quarter; ``steps`` and ``restarts`` have no radius.
         """
-        where = {"space": self.space, "split": self.split, "kind": self.kind}
+        where = {"space": self.space, "split": self.split, "kind": self.kind, "direction_seed": self.seed}
         effort = (("steps", self.steps), ("restarts", self.restarts))
         rows = [row("worst_case", name, value, **where) for name, value in effort]
         if "accuracy" in self.base_metrics:
@@ -174,6 +175,7 @@ def worst_case_sharpness(
         base_metrics=base_metrics,
         steps=settings.steps,
         restarts=settings.restarts,
+        seed=settings.seed,
         points=tuple(points),
     )
 

@@ -527,10 +527,12 @@ def test_same_seed_same_result():
 
 
 def test_rows_hold_the_bound_and_what_it_rests_on():
-    settings = MEASURE.settings(radii=(0.1, 0.5), kind="filter", steps=3, restarts=2)
+    settings = MEASURE.settings(radii=(0.1, 0.5), kind="filter", steps=3, restarts=2, seed=7)
     result = MEASURE.run(bert_objective(), WeightSpace.full(with_lora(tiny_bert())), settings, None)
     rows = result.rows()
     assert all(tuple(r) == COLUMNS for r in rows)
+    assert result.seed == 7
+    assert {r["direction_seed"] for r in rows} == {7}
     assert {(r["measure"], r["space"], r["split"], r["kind"]) for r in rows} == {
         ("worst_case", "full", "validation", "filter")
     }
