@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.core.bucketing import buckets
 from analysis.core.needed import run_model
+from analysis.core.scores import Scores
 from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector
 from bilora.errors import UserError
@@ -100,23 +101,22 @@ class Objective:
 
     @torch.no_grad()
     def evaluate(self, space: WeightSpace) -> dict[str, float]:
-        """``loss``, and ``accuracy`` over the same terms where labels are classes or tokens and there are logits.
+        """``loss``, and over the same terms ``accuracy`` where labels are classes or tokens and there are logits.
+
+        For classes also ``matthews``, Matthews correlation over all examples.
 
         Raises:
             UserError: the model returns no loss.
         """
         losses: list[float] = []
-        correct: int | None = 0
+        scores = Scores()
         for batch, weight in zip(self.batches, self.weights, strict=True):
             moved = _to_device(batch, space)
             output = run_model(space.model, moved)
             losses.append(weight * float(_loss_of(output).double()))
-            hits = self._correct(output, moved)
-            correct = None if correct is None or hits is None else correct + hits
+            scores.add(*self._predictions(output, moved))
         values = {"loss": math.fsum(losses) / self.weight if all(map(math.isfinite, losses)) else sum(losses)}
-        if correct is not None:
-            values["accuracy"] = correct / self.weight
-        return values
+        return values | scores.metrics()
 
     def gradient(self, space: WeightSpace) -> Vector:
         """∇L with respect to the space's parameters, summed over batches in float64, in the parameters' dtype.
@@ -211,17 +211,12 @@ class Objective:
     def _targets(self, labels: Tensor) -> Tensor:
         return labels[:, 1:] if self.shifted and labels.dim() > 1 else labels
 
-    def _correct(self, output: Any, batch: Mapping[str, Tensor]) -> int | None:
-        labels = _labels(batch)
-        logits = _logits_of(output)
-        if labels is None or labels.is_floating_point() or logits is None:
-            return None
-        if logits.dim() != labels.dim() + 1 or logits.shape[-1] < 2:
-            return None
-        shifted = self.shifted and labels.dim() > 1
-        predicted = (logits[:, :-1] if shifted else logits).argmax(-1)
-        targets = self._targets(labels)
-        return int(((predicted == targets) & (targets != IGNORED)).sum())
+    def _predictions(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Logits, and the targets that stand at their places."""
+        labels, logits = _labels(batch), _logits_of(output)
+        if labels is None or logits is None:
+            return None, None
+        return logits[:, :-1] if self.shifted and labels.dim() > 1 else logits, self._targets(labels)
 
 
 class Sum:

@@ -40,7 +40,7 @@ class AdversarialPoint:
     """The loss and metrics at one radius along the gradient."""
 
     radius: float
-    metrics: Mapping[str, float]  # loss, accuracy
+    metrics: Mapping[str, float]  # loss, accuracy, matthews
     loss_rise: float
     first_order: float  # rho·‖G‖
     first_order_rank_r: float  # rho·‖G_r‖ over layers; NaN outside the full space
@@ -55,11 +55,11 @@ class AdversarialSharpness:
     split: str
     rank: int  # r of the rank-r prediction
     gradient_norm: float  # ‖G‖ in the measured space; 0 means that no direction ascends and every rise is 0
-    base_metrics: Mapping[str, float]  # loss, accuracy at the unperturbed weights
+    base_metrics: Mapping[str, float]  # loss, accuracy, matthews at the unperturbed weights
     points: tuple[AdversarialPoint, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """``loss``, ``accuracy`` at radius 0 and every radius; ``loss_rise`` and ``first_order`` at every radius.
+        """``loss`` and metrics at radius 0 and every radius; ``loss_rise`` and ``first_order`` at every radius.
 
         ``first_order`` has kind ``gradient``, and in the full space a second row of kind ``gradient_rank_r`` whose
         index is r.

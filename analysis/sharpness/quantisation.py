@@ -68,7 +68,7 @@ class Quantised:
     """The loss and metrics under one kind of quantisation."""
 
     kind: Kind
-    metrics: Mapping[str, float]  # loss, accuracy
+    metrics: Mapping[str, float]  # loss, accuracy, matthews
     loss_rise: float  # L(Q(W)) − L(W)
     norm: float  # realised ‖eps_W‖
 
@@ -79,11 +79,11 @@ class Quantisation:
 
     space: str
     split: str
-    base_metrics: Mapping[str, float]  # loss, accuracy at the exact weights
+    base_metrics: Mapping[str, float]  # loss, accuracy, matthews at the exact weights
     results: tuple[Quantised, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """``loss``, ``accuracy`` if known, and ``loss_rise`` of every kind."""
+        """``loss``, ``accuracy`` and ``matthews`` if known, and ``loss_rise`` of every kind."""
         rows = []
         for found in self.results:
             where = {"space": self.space, "split": self.split, "kind": found.kind, "induced_norm": found.norm}

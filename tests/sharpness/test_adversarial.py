@@ -122,9 +122,14 @@ def test_rows_hold_the_sweep_from_radius_zero():
     result = MEASURE.run(bert_objective(), WeightSpace.full(with_lora(tiny_bert())), settings, None)
     rows = result.rows()
     assert all(tuple(r) == COLUMNS for r in rows)
-    sweep = {q: [(r["radius"], r["value"]) for r in rows if r["quantity"] == q] for q in ("loss", "accuracy")}
+    names = ("loss", "accuracy", "matthews")
+    sweep = {q: [(r["radius"], r["value"]) for r in rows if r["quantity"] == q] for q in names}
     assert [radius for radius, _ in sweep["loss"]] == [0.0, 0.1, 0.5]
     assert sweep["accuracy"][0] == (0.0, result.base_metrics["accuracy"])
+    assert sweep["matthews"] == [
+        (0.0, result.base_metrics["matthews"]),
+        *((p.radius, p.metrics["matthews"]) for p in result.points),
+    ]
     rises = [r for r in rows if r["quantity"] == "loss_rise"]
     assert [r["value"] for r in rises] == [p.loss_rise for p in result.points]
     assert [r["induced_norm"] for r in rises] == pytest.approx([0.1, 0.5], rel=1e-9)
@@ -132,7 +137,7 @@ def test_rows_hold_the_sweep_from_radius_zero():
     assert [(r["quantity"], r["index"], r["value"]) for r in low] == [
         ("first_order", 2, p.first_order_rank_r) for p in result.points
     ]
-    assert len(rows) == 12
+    assert len(rows) == 15
 
 
 def test_progress_counts_points():

@@ -176,7 +176,9 @@ def test_rows():
     rows = result.rows()
     assert all(tuple(r) == COLUMNS for r in rows)
     assert [(r["kind"], r["quantity"]) for r in rows] == [
-        (kind, quantity) for kind in ("int8", "nf4", "nf4 base") for quantity in ("loss", "accuracy", "loss_rise")
+        (kind, quantity)
+        for kind in ("int8", "nf4", "nf4 base")
+        for quantity in ("loss", "accuracy", "matthews", "loss_rise")
     ]
     assert {(r["measure"], r["space"], r["split"]) for r in rows} == {("quantisation", "full", "validation")}
     for found in result.results:

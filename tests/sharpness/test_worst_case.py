@@ -545,10 +545,11 @@ def test_rows_hold_the_bound_and_what_it_rests_on():
     assert column("loss_rise_apgd") == [(p.radius, p.apgd) for p in result.points]
     assert column("loss_rise_one_step") == [(p.radius, p.one_step) for p in result.points]
     assert column("late_gain") == [(p.radius, p.late_gain) for p in result.points]
-    assert column("accuracy") == [
-        (0.0, result.base_metrics["accuracy"]),
-        *((p.radius, p.metrics["accuracy"]) for p in result.points),
-    ]
+    for name in ("accuracy", "matthews"):
+        assert column(name) == [
+            (0.0, result.base_metrics[name]),
+            *((p.radius, p.metrics[name]) for p in result.points),
+        ]
     assert [value for _, value in column("steps") + column("restarts")] == [3, 2]
     curve = [r for r in rows if r["quantity"] == "best_rise" and r["radius"] == 0.5]
     assert [(r["index"], r["value"]) for r in curve] == list(enumerate(result.points[1].curve))
