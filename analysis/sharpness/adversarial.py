@@ -8,7 +8,8 @@ rise of the best perturbation of rank ≤ r in every layer is reported beside it
     rho·sqrt(Σ_layers Σ_{i≤r} σ_i(G)²),
 
 attained by rho·G_r/‖G_r‖: what an auxiliary pair of rank r could reach at most. It is not the Ky Fan norm, which
-belongs to a point outside the ball (:mod:`analysis.subspace.lowrank`).
+belongs to a point outside the ball (:mod:`analysis.subspace.lowrank`). Both are also given of each layer alone: the
+rise by the best perturbation of that layer, of length rho.
 """
 
 import math
@@ -17,13 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
+from torch import Tensor
 
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
-from analysis.core.vectors import norm, scaled
+from analysis.core.vectors import Vector, norm, scaled, tensor_dot
+from analysis.curvature.blocks import layer_of
 from analysis.settings import MeasureSettings, Radii
 from analysis.subspace.lowrank import leading_squared_norm
 
@@ -33,6 +36,14 @@ class AdversarialSettings(MeasureSettings):
 
     radii: Radii = (0.005, 0.01, 0.02, 0.05, 0.1)
     rank: int = Field(default=8, ge=1)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """First-order loss rise per length of the perturbation."""
+
+    steepest: float  # ‖G‖
+    rank_r: float  # ‖G_r‖, of the best perturbation of rank ≤ r in every layer; NaN outside the full space
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class AdversarialSharpness:
     split: str
     rank: int  # r of the rank-r prediction
     gradient_norm: float  # ‖G‖ in the measured space; 0 means that no direction ascends and every rise is 0
+    layers: Mapping[str, Slope]  # of each layer alone; in a LoRA space of its A and B together
     base_metrics: Mapping[str, float]  # loss, accuracy, matthews at the unperturbed weights
     points: tuple[AdversarialPoint, ...]
 
@@ -62,7 +74,7 @@ class AdversarialSharpness:
         """``loss`` and metrics at radius 0 and every radius; ``loss_rise`` and ``first_order`` at every radius.
 
         ``first_order`` has kind ``gradient``, and in the full space a second row of kind ``gradient_rank_r`` whose
-        index is r.
+        index is r; with a layer it is that of the layer alone.
         """
         where = {"space": self.space, "split": self.split}
         gradient = {"kind": "gradient", **where}
@@ -74,10 +86,13 @@ class AdversarialSharpness:
             at = {"radius": p.radius, "induced_norm": p.induced_norm, **gradient}
             rows += [row("adversarial", name, value, **at) for name, value in p.metrics.items()]
             rows.append(row("adversarial", "loss_rise", p.loss_rise, **at))
-            rows.append(row("adversarial", "first_order", p.first_order, radius=p.radius, **gradient))
-            if not math.isnan(p.first_order_rank_r):
-                low = {"kind": "gradient_rank_r", "index": self.rank, "radius": p.radius, **where}
-                rows.append(row("adversarial", "first_order", p.first_order_rank_r, **low))
+            slopes = {layer: (p.radius * s.steepest, p.radius * s.rank_r) for layer, s in self.layers.items()}
+            for layer, (rise, low) in {"": (p.first_order, p.first_order_rank_r), **slopes}.items():
+                there = {"layer": layer, "radius": p.radius, **where}
+                rows.append(row("adversarial", "first_order", rise, kind="gradient", **there))
+                if self.space == "full":
+                    there |= {"kind": "gradient_rank_r", "index": self.rank}
+                    rows.append(row("adversarial", "first_order", low, **there))
         return rows
 
 
@@ -108,9 +123,8 @@ def adversarial_sharpness(
     base = objective.evaluate(space)
     gradient = objective.gradient(space)
     length = norm(gradient)
-    low_rank_length = math.nan
-    if space.name == "full":
-        low_rank_length = math.sqrt(sum(leading_squared_norm(G, settings.rank) for G in gradient.values()))
+    layers = slopes_by_layer(gradient, settings.rank if space.name == "full" else None)
+    low_rank_length = math.sqrt(math.fsum(slope.rank_r**2 for slope in layers.values()))
     if watch is not None:
         watch(1, total, "points")
     direction = scaled(gradient, 1 / length if length else 0.0)
@@ -130,7 +144,24 @@ def adversarial_sharpness(
         )
         if watch is not None:
             watch(done, total, "points")
-    return AdversarialSharpness(space.name, objective.name, settings.rank, length, base, tuple(points))
+    return AdversarialSharpness(space.name, objective.name, settings.rank, length, layers, base, tuple(points))
+
+
+def slopes_by_layer(gradient: Vector, rank: int | None) -> dict[str, Slope]:
+    """The slopes of each layer in ``gradient``, in its order; without ``rank`` only the steepest.
+
+    A weight of more than two dimensions counts as the matrix of its output rows, one of a single dimension as a column.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for name, G in gradient.items():
+        parts.setdefault(layer_of(name), []).append(G.flatten(1) if G.dim() > 1 else G[:, None])
+    return {
+        layer: Slope(
+            math.sqrt(math.fsum(tensor_dot(G, G) for G in matrices)),
+            math.nan if rank is None else math.sqrt(math.fsum(leading_squared_norm(G, rank) for G in matrices)),
+        )
+        for layer, matrices in parts.items()
+    }
 
 
 def _run(
