@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.core.bucketing import buckets
+from analysis.core.example_losses import ExampleLosses
 from analysis.core.needed import run_model
 from analysis.core.scores import Scores
 from analysis.core.space import WeightSpace
@@ -100,10 +101,14 @@ class Objective:
         return self.evaluate(space)["loss"]
 
     @torch.no_grad()
-    def evaluate(self, space: WeightSpace) -> dict[str, float]:
+    def evaluate(self, space: WeightSpace, examples: ExampleLosses | None = None) -> dict[str, float]:
         """``loss``, and over the same terms ``accuracy`` where labels are classes or tokens and there are logits.
 
         For classes also ``matthews``, Matthews correlation over all examples.
+
+        Args:
+            space: the weights.
+            examples: takes the losses of single examples.
 
         Raises:
             UserError: the model returns no loss.
@@ -113,8 +118,11 @@ class Objective:
         for batch, weight in zip(self.batches, self.weights, strict=True):
             moved = _to_device(batch, space)
             output = run_model(space.model, moved)
-            losses.append(weight * float(_loss_of(output).double()))
-            scores.add(*self._predictions(output, moved))
+            loss, predictions = float(_loss_of(output).double()), self._predictions(output, moved)
+            losses.append(weight * loss)
+            scores.add(*predictions)
+            if examples is not None:
+                examples.add(loss, *predictions)
         values = {"loss": math.fsum(losses) / self.weight if all(map(math.isfinite, losses)) else sum(losses)}
         return values | scores.metrics()
 

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
+from analysis.core.example_losses import ExampleLosses, rise_error
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
@@ -53,6 +54,7 @@ class AdversarialPoint:
     radius: float
     metrics: Mapping[str, float]  # loss, accuracy, matthews
     loss_rise: float
+    standard_error: float  # of the rise, over examples at this perturbation; NaN where theirs are not known
     first_order: float  # rho·‖G‖
     first_order_rank_r: float  # rho·‖G_r‖ over layers; NaN outside the full space
     induced_norm: float  # realised ‖eps_W‖
@@ -85,7 +87,7 @@ class AdversarialSharpness:
         for p in self.points:
             at = {"radius": p.radius, "induced_norm": p.induced_norm, **gradient}
             rows += [row("adversarial", name, value, **at) for name, value in p.metrics.items()]
-            rows.append(row("adversarial", "loss_rise", p.loss_rise, **at))
+            rows.append(row("adversarial", "loss_rise", p.loss_rise, standard_error=p.standard_error, **at))
             slopes = {layer: (p.radius * s.steepest, p.radius * s.rank_r) for layer, s in self.layers.items()}
             for layer, (rise, low) in {"": (p.first_order, p.first_order_rank_r), **slopes}.items():
                 there = {"layer": layer, "radius": p.radius, **where}
@@ -120,7 +122,8 @@ def adversarial_sharpness(
     """
     settings = AdversarialSettings.checked(radii=tuple(radii), rank=rank)
     total = len(settings.radii) + 1
-    base = objective.evaluate(space)
+    before = ExampleLosses()
+    base = objective.evaluate(space, before)
     gradient = objective.gradient(space)
     length = norm(gradient)
     layers = slopes_by_layer(gradient, settings.rank if space.name == "full" else None)
@@ -130,13 +133,15 @@ def adversarial_sharpness(
     direction = scaled(gradient, 1 / length if length else 0.0)
     points = []
     for done, radius in enumerate(settings.radii, start=2):
+        after = ExampleLosses()
         with space.perturbed(direction, radius):
-            metrics = objective.evaluate(space)
+            metrics = objective.evaluate(space, after)
         points.append(
             AdversarialPoint(
                 radius=radius,
                 metrics=metrics,
                 loss_rise=metrics["loss"] - base["loss"],
+                standard_error=rise_error(before, after),
                 first_order=radius * length,
                 first_order_rank_r=radius * low_rank_length,
                 induced_norm=space.induced_norm(direction, radius),

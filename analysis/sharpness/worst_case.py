@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from analysis.core.example_losses import ExampleLosses, rise_error
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
@@ -45,6 +46,7 @@ class WorstCasePoint:
     pga: float  # lower bound by projected gradient ascent, at least 0 and one_step
     apgd: float  # lower bound by APGD, at least 0 and one_step
     lower_bound: float  # the larger of the two
+    standard_error: float  # of that, over examples at the worst point; NaN where their losses are not known
     metrics: Mapping[str, float]  # loss, accuracy, matthews at the worst point
     induced_norm: float  # realised ‖eps_W‖ of the worst point
     curve: npt.NDArray[np.float64]  # (steps+1,): best rise after each step of the winning search and start
@@ -92,7 +94,7 @@ class WorstCase:
         for p in self.points:
             at = {"radius": p.radius, **where}
             realised = {"induced_norm": p.induced_norm, **at}
-            rows.append(row("worst_case", "loss_rise", p.lower_bound, **realised))
+            rows.append(row("worst_case", "loss_rise", p.lower_bound, standard_error=p.standard_error, **realised))
             for name, value in (("pga", p.pga), ("apgd", p.apgd), ("one_step", p.one_step)):
                 rows.append(row("worst_case", f"loss_rise_{name}", value, **at))
             rows += _metrics_rows(p.metrics, **realised)
@@ -142,7 +144,8 @@ def worst_case_sharpness(
     scaling = scaling_of(space, settings.kind)
     each = 2 * settings.restarts * settings.steps
     total = each * len(settings.radii)
-    base_metrics = objective.evaluate(space)
+    before = ExampleLosses()
+    base_metrics = objective.evaluate(space, before)
     middle = centre(objective, space, scaling)
     points = []
     for number, radius in enumerate(settings.radii):
@@ -154,8 +157,9 @@ def worst_case_sharpness(
         ball = Ball(objective, space, scaling, radius)
         found = worst(ball, middle, settings.steps, settings.restarts, settings.seed, report)
         winner = found.winner
+        after = ExampleLosses()
         with space.perturbed(scaling.applied(winner.best.delta)):
-            metrics = objective.evaluate(space)
+            metrics = objective.evaluate(space, after)
         points.append(
             WorstCasePoint(
                 radius=radius,
@@ -163,6 +167,7 @@ def worst_case_sharpness(
                 pga=found.projected.best.loss - middle.loss,
                 apgd=found.apgd.best.loss - middle.loss,
                 lower_bound=winner.best.loss - middle.loss,
+                standard_error=rise_error(before, after),
                 metrics=metrics,
                 induced_norm=ball.induced_norm(winner.best.delta),
                 curve=winner.curve - middle.loss,

@@ -14,6 +14,7 @@ from tests.sharpness.cases import (
     bert_objective,
     change_gauge,
     loss_by_sentence,
+    losses_by_sentence,
     quadratic_objective,
     tiny_bert,
     with_lora,
@@ -58,15 +59,18 @@ def test_full_space_of_a_padded_bert_against_sentences_one_by_one():
     result = adversarial_sharpness(objective, space, [0.4], rank=2)
     merged = copy.deepcopy(model).merge_and_unload()
     weights = {name: merged.get_parameter(name).requires_grad_(True) for name in space.parameters}
-    base = loss_by_sentence(merged)
+    alone = losses_by_sentence(merged)
+    base = alone.mean()
     gradient = torch.autograd.grad(base, list(weights.values()))
     length = torch.cat([g.flatten() for g in gradient]).norm()
     low = sum(float(torch.linalg.svdvals(g)[:2].square().sum()) for g in gradient) ** 0.5
     with torch.no_grad():
         for weight, g in zip(weights.values(), gradient, strict=True):
             weight.add_(0.4 * g / length)
-        rise = loss_by_sentence(merged) - base
+        rises = losses_by_sentence(merged) - alone
+        rise = rises.mean()
     point = result.points[0]
+    assert point.standard_error == pytest.approx(float(rises.std() / 7**0.5), rel=1e-8)
     assert result.gradient_norm == pytest.approx(float(length), rel=1e-9)
     assert point.loss_rise == pytest.approx(float(rise), rel=1e-8)
     assert point.first_order_rank_r == pytest.approx(0.4 * low, rel=1e-9)
@@ -165,6 +169,7 @@ def test_rows_hold_the_sweep_from_radius_zero():
         *((p.radius, p.metrics["matthews"]) for p in result.points),
     ]
     rises = [r for r in rows if r["quantity"] == "loss_rise"]
+    assert [r["standard_error"] for r in rises] == [p.standard_error for p in result.points]
     assert [r["value"] for r in rises] == [p.loss_rise for p in result.points]
     assert [r["induced_norm"] for r in rises] == pytest.approx([0.1, 0.5], rel=1e-9)
     low = [r for r in rows if r["kind"] == "gradient_rank_r" and not r["layer"]]

@@ -20,6 +20,7 @@ from tests.sharpness.cases import (
     fail_at,
     flat,
     loss_by_sentence,
+    losses_by_sentence,
     normal,
     quadratic_objective,
     state,
@@ -166,6 +167,22 @@ def test_without_factors_there_is_the_merged_form_alone():
         result = quantisation(objective, space)
         assert [found.kind for found in result.results] == ["int8", "nf4"]
         assert quantisation(objective, space, kinds=["nf4 base"]).rows() == []
+
+
+def test_the_error_of_a_rise_is_over_sentences():
+    model = tiny_bert()
+    space = WeightSpace.full(model)
+    result = quantisation(bert_objective(), space, kinds=["int8"])
+    alone = losses_by_sentence(model)
+    with torch.no_grad():
+        for name in space.parameters:
+            weight = model.get_parameter(name)
+            weight.copy_(int8(weight))
+    rises = (losses_by_sentence(model) - alone).detach()
+    found = result.results[0]
+    assert found.loss_rise == pytest.approx(float(rises.mean()), rel=1e-6)
+    assert found.standard_error == pytest.approx(float(rises.std() / 7**0.5), rel=1e-6)
+    assert result.rows()[-1]["standard_error"] == found.standard_error
 
 
 def test_rows():

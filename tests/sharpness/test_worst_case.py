@@ -553,8 +553,24 @@ def test_rows_hold_the_bound_and_what_it_rests_on():
     assert [value for _, value in column("steps") + column("restarts")] == [3, 2]
     curve = [r for r in rows if r["quantity"] == "best_rise" and r["radius"] == 0.5]
     assert [(r["index"], r["value"]) for r in curve] == list(enumerate(result.points[1].curve))
+    errors = [r["standard_error"] for r in rows if r["quantity"] == "loss_rise"]
+    assert errors == [p.standard_error for p in result.points]
     norms = [r["induced_norm"] for r in rows if r["quantity"] == "loss_rise"]
     assert norms == [p.induced_norm for p in result.points]
+
+
+def test_the_error_of_the_bound_is_over_examples_at_the_worst_point():
+    space, objective = WeightSpace.full(with_lora(tiny_bert())), bert_objective()
+    outputs = []
+    space.model.register_forward_hook(lambda module, arguments, output: outputs.append(output.logits.detach()))
+    point = worst_case_sharpness(objective, space, [0.3], steps=3).points[0]
+    labels = torch.cat([batch["labels"] for batch in objective.batches])
+    last = torch.cat(outputs[-3:])
+    first = torch.cat([space.model(**batch).logits.detach() for batch in objective.batches])
+    losses = [torch.nn.functional.cross_entropy(logits, labels, reduction="none") for logits in (first, last)]
+    rises = losses[1] - losses[0]
+    assert point.lower_bound == pytest.approx(float(rises.mean()), rel=1e-9)
+    assert point.standard_error == pytest.approx(float(rises.std() / 7**0.5), rel=1e-9)
 
 
 def test_progress_counts_steps_to_the_end():
