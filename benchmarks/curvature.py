@@ -86,11 +86,17 @@ class Data:
     batch: int
 
     def objective(self) -> Objective:
-        return Objective.from_dataset(self.examples, self.collate, batch_size=self.batch, name="train")
+        """In batches of equal numbers of examples, neighbours in length."""
+        return self._in_batches(self.batch)
 
     def whole(self) -> Objective:
         """The same mean loss as one batch."""
-        return Objective.from_dataset(self.examples, self.collate, batch_size=len(self.examples), name="train")
+        return self._in_batches(len(self.examples))
+
+    def _in_batches(self, size: int) -> Objective:
+        rows = sorted(self.examples, key=lambda row: -len(row["input_ids"]))
+        batches = [self.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return Objective(batches, name="train")
 
 
 @dataclass(frozen=True, eq=False)
