@@ -10,8 +10,7 @@ maximum is taken between the ends, where a convex loss has a negative one; on a 
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -30,6 +29,7 @@ from analysis.landscape.plane import difference, fitting, refuse_non_finite, wei
 from analysis.landscape.points import Points
 from analysis.landscape.store import Key, PointStore
 from analysis.settings import MeasureSettings
+from bilora.adapters.interrupts import Exchange
 from bilora.adapters.swap import swapped
 from bilora.errors import UserError
 
@@ -174,11 +174,9 @@ class OnLine:
 class _Placed(WeightSpace):
     """The space with weights put where they are given, rounded once: W plus a step would not end at B bit for bit."""
 
-    @contextmanager
-    def perturbed(self, direction: Vector, scale: float = 1.0) -> Iterator[None]:
+    def perturbed(self, direction: Vector, scale: float = 1.0) -> Exchange:
         """Let the weights be ``direction`` inside the block."""
-        with swapped({self.parameters[name]: tensor for name, tensor in self.aligned(direction).items()}):
-            yield
+        return swapped({self.parameters[name]: tensor for name, tensor in self.aligned(direction).items()})
 
 
 def _weights_at(start: WeightSpace, end: WeightSpace | Vector, names: tuple[str, str]) -> Vector:

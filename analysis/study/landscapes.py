@@ -197,7 +197,7 @@ def _connections(
         line = connect.connectivity(objective, spaces[i], spaces[j], labels=ends, store=store, watch=watch, **settings)
         rows += line.rows()
         if used < available:
-            rows.append(barrier_error(objective, spaces[i], spaces[j], line, available))
+            rows.append(barrier_error(objective, spaces[i], spaces[j], line, used, available))
     return rows
 
 

@@ -1,15 +1,20 @@
-"""How many of the examples a measurement used, and the error of a landscape that used some of them."""
+"""How many of the examples a measurement used, and the error of a landscape that used some of them.
+
+    SE² = (1 − n/N)·se²
+
+se is the standard error over examples of a loss rise (:mod:`analysis.core.example_losses`), n of N examples were drawn
+without replacement: SE is the error of the rise beside its value on all N (Cochran 1977, section 2.5). Examples drawn
+in classes of fixed sizes, as those of a task are, have an error no larger, to first order.
+"""
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from analysis.core import Objective, WeightSpace
 from analysis.core.directions import filter_normalized, gaussian
+from analysis.core.example_losses import ExampleLosses, ratio_error, rise_error
 from analysis.core.result import Result, row
-from analysis.core.subset import example_losses, single_examples, subset_error
 from analysis.core.vectors import Vector
 from analysis.landscape.connect import Connectivity
 from analysis.landscape.lines import LossLines
@@ -29,8 +34,8 @@ def subset_rows(
     """What to add to the ``rows`` of a measurement on ``used`` of ``available`` examples; nothing if on all.
 
     ``examples`` and ``examples_available``; of lines and surfaces also ``subset_error`` where they are farthest from
-    their centre: the standard error of the loss rise there beside that on all examples
-    (:func:`analysis.core.subset.subset_error`). It takes one forward pass an example at each of these points.
+    their centre: the standard error of the loss rise there beside that on all examples. NaN where losses of single
+    examples are not known. It takes a loss at each of these points.
 
     Args:
         rows: of the measurement, at least one.
@@ -45,14 +50,10 @@ def subset_rows(
     added = subset_counts(measure, used, available, **where)
     places = list(_farthest(result, space, settings))
     if places:
-        singles = single_examples(objective)
-        terms = np.array(singles.weights, dtype=float)
-        with space.perturbed(_centre(result)):
-            centre = example_losses(singles, space)
+        centre = _losses_at(objective, space, _centre(result), 1.0)
         for at, direction, scale in places:
-            with space.perturbed(direction, scale):
-                rises = example_losses(singles, space) - centre
-            added.append(row(measure, "subset_error", subset_error(rises, terms, available), **at, **where))
+            error = rise_error(centre, _losses_at(objective, space, direction, scale))
+            added.append(row(measure, "subset_error", _unseen(used, available) * error, **at, **where))
     return added
 
 
@@ -64,23 +65,34 @@ def subset_counts(measure: str, used: int, available: int, **where: Any) -> list
 
 
 def barrier_error(
-    objective: Objective, start: WeightSpace, end: WeightSpace, line: Connectivity, available: int
+    objective: Objective, start: WeightSpace, end: WeightSpace, line: Connectivity, used: int, available: int
 ) -> dict[str, Any]:
-    """The row ``subset_error`` of a barrier that was measured on some of the ``available`` examples.
+    """The row ``subset_error`` of a barrier that was measured on ``used`` of the ``available`` examples.
 
     The standard error of the excess over the chord at the t where it is largest: the choice of t is not in it.
     """
     t = line.barrier_at
     error = math.nan
     if math.isfinite(t):
-        singles = single_examples(objective)
         step = difference(weights_of(end), weights_of(start))
-        ends = example_losses(singles, start), example_losses(singles, end)
-        with start.perturbed(step, t):
-            excess = example_losses(singles, start) - (1 - t) * ends[0] - t * ends[1]
-        error = subset_error(excess, np.array(singles.weights, dtype=float), available)
+        first, last = (_losses_at(objective, space, {}, 1.0) for space in (start, end))
+        between = _losses_at(objective, start, step, t)
+        if first.known and last.known and between.known:
+            excess = between.sums - (1 - t) * first.sums - t * last.sums
+            error = _unseen(used, available) * ratio_error(excess, first.terms)
     where = {"space": line.space, "split": line.split, "label": line.pair}
     return row("connectivity", "subset_error", error, radius=t, **where)
+
+
+def _unseen(used: int, available: int) -> float:
+    return math.sqrt(1 - used / available)
+
+
+def _losses_at(objective: Objective, space: WeightSpace, direction: Vector, scale: float) -> ExampleLosses:
+    examples = ExampleLosses()
+    with space.perturbed(direction, scale):
+        objective.evaluate(space, examples)
+    return examples
 
 
 def _centre(result: Result) -> Vector:

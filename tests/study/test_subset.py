@@ -1,16 +1,19 @@
 """What rows say of a measurement on some of the examples."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 
 from analysis import Objective, WeightSpace, loss_lines
 from analysis.core.directions import filter_normalized, gaussian
+from analysis.core.example_losses import ratio_error
 from analysis.landscape.adapter_plane import adapter_plane
 from analysis.landscape.connect import connectivity
 from analysis.landscape.lines import LandscapeSettings
 from analysis.landscape.surface import loss_surface
-from analysis.study.subset import barrier_error, subset_rows
+from analysis.study.subset import _unseen, barrier_error, subset_rows
 from tests.oracles import tiny
 
 USED, AVAILABLE = len(tiny.examples()), 100
@@ -76,7 +79,7 @@ def test_a_surface_has_an_error_at_its_corners_from_its_own_centre(objective):
 def test_a_barrier_has_the_error_of_its_excess_over_the_chord(objective):
     one, two = spaces(2)
     line = connectivity(objective, one, two, points=5)
-    found = barrier_error(objective, one, two, line, AVAILABLE)
+    found = barrier_error(objective, one, two, line, USED, AVAILABLE)
     t = line.barrier_at
     step = {name: two.parameters[name].detach() - p.detach() for name, p in one.parameters.items()}
     at = rises_by_hand(one, {name: t * part for name, part in step.items()})
@@ -84,6 +87,16 @@ def test_a_barrier_has_the_error_of_its_excess_over_the_chord(objective):
     assert excess.mean() == pytest.approx(line.barrier, rel=1e-6)
     assert found["value"] == pytest.approx(error_by_hand(excess), rel=1e-6)
     assert (found["radius"], found["label"]) == (t, "A – B")
+
+
+def test_the_squared_error_is_the_variance_over_all_subsets():
+    """Unbiased, exactly, for every size."""
+    population = np.random.default_rng(0).normal(1.0, 2.0, 9)
+    for n in range(2, 9):
+        subsets = [population[list(chosen)] for chosen in combinations(range(9), n)]
+        variance = np.mean([(subset.mean() - population.mean()) ** 2 for subset in subsets])
+        squared = [(_unseen(n, 9) * ratio_error(subset, np.ones(n))) ** 2 for subset in subsets]
+        assert np.mean(squared) == pytest.approx(variance, rel=1e-12)
 
 
 def test_nothing_is_added_where_all_examples_were_used(objective):
