@@ -7,6 +7,7 @@ Colour and contour lines show the excess ``e = L(x, y) − L(0, 0)`` by its heig
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.patheffects as effects
@@ -28,6 +29,10 @@ from analysis.plots.surface_words import surface_caption
 
 NOT_FINITE = "_not finite"
 """Label of the crosses on points whose loss is not finite."""
+ALONE = "_alone"
+"""Label of the squares on finite losses that lie among others too few to fill a cell between."""
+FILL, OPEN = "_fill", "_open"
+"""Labels of the coloured contours, and of the hatching below that is seen where there is none."""
 MARKS = "_marks"
 """Label of the marked points."""
 
@@ -158,12 +163,14 @@ def _draw_surface(axes: Axes, surface: Surface, scale: Scale) -> tuple[ContourSe
     low, high = scale.ends
     axes.grid(visible=False)
     axes.spines[:].set_visible(True)
-    # Below the fill: seen where there is none.
-    axes.fill_between([0, 1], 0, 1, transform=axes.transAxes, facecolor="0.93", edgecolor="0.6", hatch="////", zorder=0)
+    whole: dict[str, Any] = {"transform": axes.transAxes, "zorder": 0, "label": OPEN}
+    axes.fill_between([0, 1], 0, 1, facecolor="0.93", edgecolor="0.6", hatch="////", **whole)
+    # Extended, so that rounding at the ends of the scale leaves no finite loss unfilled.
     fill = axes.contourf(
-        surface.x, surface.y, heights, np.linspace(low, high, _BANDS + 1), cmap=_COLOURS, vmin=low, vmax=high, zorder=1
-    )
-    fill.set(edgecolor="face", linewidth=0.2)  # no hairlines between the bands of a PDF
+        surface.x, surface.y, heights, np.linspace(low, high, _BANDS + 1), cmap=_COLOURS, vmin=low, vmax=high,
+        extend="both", zorder=1,
+    )  # fmt: skip
+    fill.set(edgecolor="face", linewidth=0.2, label=FILL)  # no hairlines between the bands of a PDF
     levels, names = _levels(surface, scale)
     lines = axes.contour(surface.x, surface.y, heights, levels, colors="white", linewidths=0.6, zorder=2)
     lines.set(linestyle=["--" if level < 0 else "-" for level in levels])
@@ -173,7 +180,9 @@ def _draw_surface(axes: Axes, surface: Surface, scale: Scale) -> tuple[ContourSe
         text.set_clip_on(True)
         text.set_in_layout(False)
     across, up = np.meshgrid(surface.x, surface.y)
-    lost = ~np.isfinite(surface.loss)
+    lost, alone = ~np.isfinite(surface.loss), surface.alone(3)
+    colour: dict[str, Any] = {"c": heights[alone], "cmap": _COLOURS, "vmin": low, "vmax": high}
+    axes.scatter(across[alone], up[alone], s=14, marker="s", linewidths=0, zorder=1, label=ALONE, **colour)
     (crosses,) = axes.plot(across[lost], up[lost], linestyle="none", marker="x", color="black", markersize=2.5)
     crosses.set(markeredgewidth=0.6, label=NOT_FINITE)
     if surface.kind == "trajectory":

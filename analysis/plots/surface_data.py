@@ -120,6 +120,16 @@ class Surface:
         """Which losses were not evaluated, (rows, columns)."""
         return np.isfinite(self.error)
 
+    def alone(self, corners: int) -> NDArray[np.bool_]:
+        """Which finite losses belong to no cell of the grid with ``corners`` finite ones, (rows, columns).
+
+        Such a point would not be seen in a drawing that fills those cells only.
+        """
+        finite = np.isfinite(self.loss)
+        cells = np.sum([finite[:-1, :-1], finite[:-1, 1:], finite[1:, :-1], finite[1:, 1:]], axis=0)
+        filled = np.pad(cells >= corners, 1)
+        return finite & ~(filled[:-1, :-1] | filled[:-1, 1:] | filled[1:, :-1] | filled[1:, 1:])
+
     @property
     def mismatch(self) -> Array:
         """True loss minus the surface at each mark, (marks,); NaN where either is not known or not finite."""
@@ -196,8 +206,7 @@ def scale_for(group: Sequence[Surface]) -> Scale:
     centre = max(abs(surface.centre) for surface in group)
     small = max(float(np.quantile(sizes, 0.05)), _DEEPEST * float(sizes.max()), _ROUNDING * centre)
     threshold = 10.0 ** math.floor(math.log10(small))
-    low, high = min(float(excess.min()), 0.0), max(float(excess.max()), threshold)
-    return Scale(threshold, low if low < -threshold else 0.0, high)
+    return Scale(threshold, min(float(excess.min()), 0.0), max(float(excess.max()), threshold))
 
 
 def space_and_kind(surface: Surface) -> str:

@@ -72,7 +72,8 @@ def interactive_surface(
     owners: list[int] = []
     for number, choice in enumerate(choices):
         for position, surface in enumerate(choice.group):
-            new = [_sheet(choice, surface, position), *_marks(choice, surface, position)]
+            new = [_sheet(choice, surface, position), *_alone(choice, surface, position)]
+            new += _marks(choice, surface, position)
             traces += new
             owners += [number] * len(new)
     buttons = []
@@ -196,6 +197,30 @@ def _sheet(choice: _Choice, surface: Surface, position: int) -> "go.Surface":
         colorbar={**choice.axis, "title": {"text": "excess<br>loss"}, "x": 0.95, "xanchor": "left", "len": 0.8},
         contours={"z": {"show": True, "usecolormap": False, "color": "rgba(255,255,255,0.5)", "width": 1}},
     )  # fmt: skip
+
+
+def _alone(choice: _Choice, surface: Surface, position: int) -> list["go.Scatter3d"]:
+    """Finite losses among others that are not: the sheet fills only cells with four finite corners."""
+    import plotly.graph_objects as go
+
+    alone = surface.alone(4)
+    if not alone.any():
+        return []
+    x, y = np.meshgrid(surface.x, surface.y)
+    height = choice.height(surface.excess)[alone]
+    low, high = choice.ends
+    look = {"symbol": "square", "size": 4, "color": height, "colorscale": _COLOURS, "cmin": low, "cmax": high}
+    told = [
+        f"loss {loss:.5g}<br>excess {excess:.4g}"
+        for loss, excess in zip(surface.loss[alone], surface.excess[alone], strict=True)
+    ]
+    return [
+        go.Scatter3d(
+            x=x[alone], y=y[alone], z=height, mode="markers", marker=look, hovertext=told, scene=_scene(position),
+            hovertemplate="<b>%{meta}</b><br>x = %{x:.4g}, y = %{y:.4g}<br>%{hovertext}<extra></extra>",
+            meta=_safe(surface.method), name=_safe(surface.method),
+        )
+    ]  # fmt: skip
 
 
 def _marks(choice: _Choice, surface: Surface, position: int) -> list["go.Scatter3d"]:
