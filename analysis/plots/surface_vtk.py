@@ -82,7 +82,7 @@ def write_surface_vtk(
 def _points(surface: Surface, scale: Scale, number: int, shift: float) -> dict[str, np.ndarray]:
     """Arrays over the points of one surface whose loss is finite, row by row."""
     x, y = np.meshgrid(surface.x, surface.y)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "at_x": x + shift,
         "at_z": scale.height(surface.excess),
         "x": x,

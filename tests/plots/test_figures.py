@@ -232,15 +232,3 @@ def test_an_interrupted_save_leaves_the_old_file(frame, tmp_path, monkeypatch):
         draw_all(only.iloc[:200], tmp_path, {})
     assert (tmp_path / "landscape.png").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
-
-
-def test_a_method_keeps_its_look_whatever_its_spelling_and_company():
-    assert styles_for(["bilora"])["bilora"] == styles_for(METHODS)["Bi-LoRA"]
-    assert styles_for(["flat_lora", "lora"])["flat_lora"] == styles_for(METHODS)["Flat-LoRA"]
-    assert list(styles_for(["zeta", "Bi-LoRA", "alpha", "LoRA"])) == ["LoRA", "Bi-LoRA", "alpha", "zeta"]
-
-
-def test_labels_of_one_study_are_told_apart():
-    styles = styles_for([*METHODS, "bilora", "Dual-LoRA", "Bi-LoRA, no clipping"])
-    assert len({(s.colour, s.marker) for s in styles.values()}) == len(styles)
-    assert styles == styles_for(reversed([*METHODS, "bilora", "Dual-LoRA", "Bi-LoRA, no clipping"]))
