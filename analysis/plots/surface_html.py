@@ -12,7 +12,16 @@ import numpy as np
 import pandas as pd
 
 from analysis.plots.save import write_atomically
-from analysis.plots.surface_data import Scale, Surface, axis_label, scale_for, space_and_kind, surface_table, surfaces
+from analysis.plots.surface_data import (
+    Scale,
+    Surface,
+    axis_label,
+    scale_for,
+    space_and_kind,
+    surface_table,
+    surfaces,
+    window_for,
+)
 from analysis.plots.surface_words import surface_caption
 
 if TYPE_CHECKING:
@@ -155,6 +164,7 @@ class _Choice:
         low, high = self.ends
         room = 0.04 * (high - low)
         found: dict[str, Any] = {"height": 240 + _ROW * rows}
+        across, up = window_for(self.group)
         notes = []
         for position, surface in enumerate(self.group):
             row, column = divmod(position, columns)
@@ -164,8 +174,8 @@ class _Choice:
             found[_scene(position)] = {
                 "domain": {"x": x, "y": y}, "camera": _CAMERA, "aspectmode": "manual",
                 "aspectratio": {"x": 1, "y": 1, "z": 0.75},
-                "xaxis": {"title": {"text": "x"}, "range": _ends(surface.x), "nticks": 5},
-                "yaxis": {"title": {"text": "y"}, "range": _ends(surface.y), "nticks": 5},
+                "xaxis": {"title": {"text": "x"}, "range": across, "nticks": 5},
+                "yaxis": {"title": {"text": "y"}, "range": up, "nticks": 5},
                 "zaxis": height, "annotations": _labels(self, surface),
             }  # fmt: skip
             place = {"x": sum(x) / 2, "y": y[1], "xanchor": "center", "yanchor": "bottom"}
@@ -275,10 +285,6 @@ def _axes(group: Sequence[Surface]) -> list[str]:
 
 def _scene(position: int) -> str:
     return f"scene{position + 1}" if position else "scene"
-
-
-def _ends(at: np.ndarray) -> list[float]:
-    return [float(at[0]), float(at[-1])]
 
 
 def _note(text: str, **place: Any) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from analysis.plots.canvas import NON_FINITE, NothingToDraw
 from analysis.plots.connectivity import BARRIER, connectivity_table
 from analysis.plots.mark_labels import PLACED
 from analysis.plots.style import COLUMN, PAGE
-from analysis.plots.surface import ALONE, FILL, MARKS, NOT_FINITE, OPEN
+from analysis.plots.surface import ALONE, FILL, MARKS, NOT_FINITE, NOT_SAMPLED, OPEN
 from analysis.plots.surface_data import Scale, scale_for, surface_table, surfaces
 from analysis.plots.worst_case import ONE_STEP, worst_case_table
 from bilora.errors import UserError
@@ -231,8 +231,9 @@ def test_a_path_is_drawn_in_order_with_the_variance_it_explains(frame):
     paths = [line for line in axes.lines if line.get_label() == "_path"]
     np.testing.assert_allclose(paths[0].get_xdata(), marks.sort_values("index")["radius"])
     said = " ".join(" ".join(t.get_text().split()) for t in figure.findobj(mpl.text.Text))
-    assert "86 % of variance" in said
-    assert "9 % of variance" in said
+    assert "86 % of the squared distance from the final weights" in said
+    assert "9 % of the squared distance from the final weights" in said
+    assert "variance" not in said, "it is taken about the final weights and not about the mean"
     adapters = panels_of(surface_contours(frame, "adapters"))[0]
     assert not [line for line in adapters.lines if line.get_label() == "_path"]
 
@@ -256,12 +257,24 @@ def test_one_panel_takes_a_column_and_several_a_page(frame):
     assert surface_contours(frame, "trajectory").get_figwidth() == PAGE
 
 
-def test_windows_of_different_size_are_said(frame):
-    rows = surface_rows(lambda x, y: x**2 + y**2)
-    rows += surface_rows(lambda x, y: x**2 + y**2, (-2.0, 0.0, 2.0), method="Bi-LoRA")
+def test_compared_panels_share_their_axes_and_what_was_not_sampled_stays_blank():
+    bowl = lambda x, y: np.inf if (x, y) == (1, 1) else x**2 + y**2  # noqa: E731
+    rows = surface_rows(bowl)
+    rows += surface_rows(bowl, (-2.0, -1.0, 0.0, 1.0, 2.0), method="Bi-LoRA")
     figure = surface_contours(pd.DataFrame(rows))
-    assert "different windows" in words(figure)
-    assert sorted(axes.get_xlim()[1] for axes in panels_of(figure)) == [1, 2]
+    small, wide = panels_of(figure)
+    assert small.get_xlim() == wide.get_xlim() == small.get_ylim() == wide.get_ylim() == (-2, 2)
+    figure.draw_without_rendering()
+    assert small.get_window_extent().width == pytest.approx(wide.get_window_extent().width)
+    assert [[t.get_text() for t in axes.texts if t.get_gid() == NOT_SAMPLED] for axes in (small, wide)] == [
+        ["not sampled"], []
+    ]  # fmt: skip
+    assert "in the blank beside a method's window nothing was sampled" in words(figure)
+    outside = colours_at(figure, small, [(-1.9, 1.9), (1.9, -1.9), (1.9, 0.3)])
+    np.testing.assert_allclose(outside, 1.0, err_msg="blank, not hatched")
+    hatched = colours_at(figure, small, [(0.9, 0.96)])
+    assert is_hatched(hatched).all()
+    assert (hatched < 0.99).all()
 
 
 def label_boxes(figure: Figure, axes):

@@ -82,6 +82,19 @@ def test_each_choice_shows_its_own_traces_in_scenes_that_exist(frame):
         assert all(np.isfinite(ranges[0]))
 
 
+def test_scenes_of_one_choice_share_their_axes():
+    wide = holed(set()).assign(method="Bi-LoRA")
+    wide[["radius", "y"]] *= 2
+    figure = interactive_surface(pd.concat([holed(set()), wide])).to_dict()
+    for button in figure["layout"]["updatemenus"][0]["buttons"]:
+        for scene in ("scene", "scene2"):
+            assert list(button["args"][1][scene]["xaxis"]["range"]) == [-2, 2]
+            assert list(button["args"][1][scene]["yaxis"]["range"]) == [-2, 2]
+    assert "beyond the edge of a method's window" in figure["layout"]["annotations"][-1]["text"].replace(
+        "<br>", " "
+    ).replace("&#x27;", "'")
+
+
 def test_marks_stand_at_the_height_of_their_true_loss(frame):
     figure = interactive_surface(frame, "trajectory")
     (group,) = surfaces(surface_table(frame, "trajectory"))
