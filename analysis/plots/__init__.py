@@ -20,7 +20,7 @@ from analysis.plots.landscape import landscape_lines, landscape_table
 from analysis.plots.layers import LayerQuantity, layer_heatmap, layer_table
 from analysis.plots.overlap import outside_share_bars, outside_share_table, overlap_heatmap, overlap_table
 from analysis.plots.perturbation import perturbation_curves, perturbation_table
-from analysis.plots.save import save_figure
+from analysis.plots.save import save_data, save_figure
 from analysis.plots.surface import surface_contours
 from analysis.plots.surface_data import KINDS, surface_table
 from analysis.plots.surface_html import interactive_surface, write_surface_html
@@ -100,13 +100,13 @@ FILES: dict[str, Callable[[pd.DataFrame, Path], Path]] = {
     "surface.html": lambda frame, path: write_surface_html(interactive_surface(frame), path),
     "surface.vtu": write_surface_vtk,
 }
-"""Files that are written beside the figures where surfaces were measured, by name."""
+"""Files that are written beside the figures where surfaces were measured, by name; their rows are ``surface.csv``."""
 
 
 def draw_all(
     frame: pd.DataFrame, folder: Path, provenance: Mapping[str, Any], only: Collection[str] | None = None
 ) -> list[Path]:
-    """Draw every figure whose rows were measured, each as PNG, PDF, SVG with its tidy CSV and a JSON of what made it.
+    """Draw every figure whose rows were measured, each as PNG, PDF, SVG with its rows as CSV and Parquet and a JSON.
 
     Args:
         frame: the tidy rows of one study.
@@ -149,4 +149,8 @@ def draw_all(
         if family.name in tables:
             made_by = {"title": family.title, **provenance}
             written += save_figure(family.draw(frame), family.name, folder, tables[family.name], made_by)
-    return written + [FILES[name](frame, folder / name) for name in files]
+    written += [FILES[name](frame, folder / name) for name in files]
+    if files:
+        made_by = {"title": "Loss surfaces", "files": files, **provenance}
+        written += save_data("surface", folder, surface_table(frame), made_by)
+    return written

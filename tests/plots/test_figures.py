@@ -22,6 +22,7 @@ from analysis.plots import (
 )
 from analysis.plots.canvas import NON_FINITE
 from analysis.plots.eigenvalues import UNCONVERGED, eigenvalue_table
+from analysis.plots.save import describe
 from analysis.plots.style import styles_for
 from bilora.errors import UserError
 from tests.plausible_rows import METHODS, plausible_rows
@@ -43,7 +44,7 @@ def legend_labels(figure: Figure) -> list[str]:
 def test_every_figure_is_saved_with_its_data_and_what_made_it(frame, tmp_path):
     paths = draw_all(frame, tmp_path / "figures", {"study": "invented"})
     assert {p.name for p in paths} == {p.name for p in (tmp_path / "figures").iterdir()}
-    assert len(paths) == 5 * len(FIGURES) + len(FILES)
+    assert len(paths) == 6 * len(FIGURES) + len(FILES) + 3
     for family in FIGURES:
         stem = tmp_path / "figures" / family.name
         assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -53,10 +54,22 @@ def test_every_figure_is_saved_with_its_data_and_what_made_it(frame, tmp_path):
         data = pd.read_csv(stem.with_suffix(".csv"))
         made_by = json.loads(stem.with_suffix(".json").read_text())
         assert made_by["study"] == "invented"
-        assert made_by["gauge"] == "as trained"
+        spaces = data["space"].unique() if "space" in data else []
+        assert made_by["gauge"] == {space: "as trained" if space == "lora" else "none" for space in spaces}
+        kept = pd.read_parquet(stem.with_suffix(".parquet"))
+        pd.testing.assert_frame_equal(kept, family.table(frame).reset_index(drop=True), check_dtype=False)
         assert made_by["csv_sha256"] == hashlib.sha256(stem.with_suffix(".csv").read_bytes()).hexdigest()
         assert made_by["methods"] == sorted(data["method"].unique())
         assert {"python", "matplotlib", "pandas"} <= set(made_by["versions"])
+
+
+def test_the_gauge_is_that_of_each_space(frame):
+    rows = frame.query("measure == 'random'")
+    balanced = rows[rows["space"] == "lora"].assign(space="lora_balanced")
+    assert describe(pd.concat([rows, balanced]))["gauge"] == {
+        "full": "none", "lora": "as trained", "lora_balanced": "balanced by the SVD of B·A"
+    }  # fmt: skip
+    assert describe(frame.query("measure == 'quality'"))["gauge"] == {}
 
 
 def test_drawing_the_same_rows_again_changes_no_byte(frame, tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import itertools
+import json
 import re
 
 import meshio
@@ -240,11 +241,17 @@ def test_another_suffix_is_refused(frame, tmp_path):
 def test_files_are_written_where_surfaces_were_measured_and_only_there(frame, tmp_path):
     some = frame[frame["kind"].isin(["adapters", ""])]
     written = [draw_all(some, tmp_path / name, {}) for name in ("a", "b")]
-    assert [path.name for path in written[0]][-2:] == ["surface.html", "surface.vtu"]
+    assert [path.name for path in written[0]][-5:] == [
+        f"surface.{kind}" for kind in ("html", "vtu", "csv", "parquet", "json")
+    ]
     for one, other in zip(*written, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
     only = draw_all(some, tmp_path / "c", {}, only=["surface.vtu"])
-    assert [path.name for path in only] == ["surface.vtu"]
+    assert [path.name for path in only] == [f"surface.{kind}" for kind in ("vtu", "csv", "parquet", "json")]
+    made_by = json.loads((tmp_path / "c" / "surface.json").read_text())
+    assert made_by["files"] == ["surface.vtu"]
+    assert made_by["gauge"] == {"full": "none"}
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "c" / "surface.parquet"), surface_table(some))
     with pytest.raises(NothingToDraw, match="no surface to draw"):
         draw_all(some[some["measure"] == "quality"], tmp_path / "d", {}, only=["surface.html"])
     with pytest.raises(NothingToDraw, match="no loss_rise rows"):
