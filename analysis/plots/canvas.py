@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.plots.style import RC, SPACE_TITLES, MethodStyle
+from analysis.plots.style import COLUMN, PAGE, RC, SPACE_TITLES, MethodStyle
 from bilora.errors import UserError
 
 Drawn = ParamSpec("Drawn")
@@ -71,6 +71,11 @@ def panels(
     layout = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05, wspace=0.03, hspace=0.03)
     figure = Drawing(figsize=(width, height), layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
+
+
+def width_for(columns: Sequence[object]) -> float:
+    """Inches: a text column for one panel, a page for several side by side."""
+    return COLUMN if len(columns) == 1 else PAGE
 
 
 def draw_bar(axes: Axes, x: float, bar: pd.Series, values: pd.Series, look: MethodStyle, width: float) -> None:

@@ -10,8 +10,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 
 from analysis.core.space import FACTORED
 from analysis.plots import canvas
-from analysis.plots.style import PAGE, in_space_order, styles_for
-from analysis.statistics import summarize
+from analysis.plots.spread import spread_table, spread_words
+from analysis.plots.style import in_space_order, styles_for
 
 X = Literal["radius", "induced_norm"]
 
@@ -29,7 +29,7 @@ def perturbation_table(
     Raises:
         NothingToDraw: the quantity was not measured.
     """
-    return summarize(canvas.chosen(frame, measure, quantity), confidence).sort_values(
+    return spread_table(canvas.chosen(frame, measure, quantity), confidence).sort_values(
         ["kind", "split", "space", "method", "radius"], ignore_index=True
     )
 
@@ -60,8 +60,9 @@ def perturbation_curves(
     table = perturbation_table(frame, measure, quantity, confidence)
     spaces, kinds = in_space_order(table["space"]), canvas.variants(table, ["kind", "split"])
     shared = x == "induced_norm"
+    width = canvas.width_for(spaces)
     figure, grid = canvas.panels(
-        len(kinds), len(spaces), PAGE, 0.75 + 2.0 * len(kinds),
+        len(kinds), len(spaces), width, 0.75 + 2.0 * len(kinds),
         sharex="row" if shared else "none", sharey="row",
     )  # fmt: skip
     lost, reaches_zero = 0, False
@@ -88,18 +89,18 @@ def perturbation_curves(
             axes.set_xlabel(_x_label(x, space, kind))
             lost += canvas.mark_non_finite(axes, panel, styles, x)
         line[0].set_ylabel(_y_label(quantity, measure, kind, split))
-    canvas.legend(figure, canvas.line_handles(styles, table["method"], markers=True), PAGE)
-    words = canvas.interval_words(table, "whiskers", confidence)
+    canvas.legend(figure, canvas.line_handles(styles, table["method"], markers=True), width)
+    words = spread_words(table, "whiskers", confidence)
     if measure == "random":
-        words = f"Mean over {int(table['n_directions'].min())} directions per seed. " + words
+        each = " per seed" if table["n_seeds"].max() > 1 else ""
+        words = f"Mean over {int(table['n_directions'].min())} directions{each}. {words}"
     if reaches_zero:
         words += " Whiskers that meet the lower edge reach 0 or below."
     words += (
-        rf" Equal {EPS_W} can be compared across the two panels."
-        if shared
-        else " Points of one radius are set side by side; radii of the two spaces are not comparable."
+        rf" Equal {EPS_W} can be compared across panels." if shared else " Points of one radius are set side by side."
     )
-    canvas.caption(figure, words + canvas.non_finite_words(lost), PAGE)
+    words += " Radii of the two spaces are not comparable." if not shared and len(spaces) > 1 else ""
+    canvas.caption(figure, words + canvas.non_finite_words(lost), width)
     return figure
 
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from analysis.plots import canvas
-from analysis.plots.style import PAGE, MethodStyle, in_space_order, styles_for
+from analysis.plots.style import MethodStyle, in_space_order, styles_for
 from analysis.statistics import summarize
 
 ONE_STEP = "_one step"
@@ -60,7 +60,8 @@ def worst_case_curves(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
     table = worst_case_table(frame, confidence)
     spaces, kinds = in_space_order(table["space"]), canvas.variants(table, ["kind", "split"])
     deep = [2 if _progress(table, kind, split) else 1 for kind, split in kinds]
-    figure, grid = canvas.panels(sum(deep), len(spaces), PAGE, 1.0 + 2.0 * sum(deep))
+    width = canvas.width_for(spaces)
+    figure, grid = canvas.panels(sum(deep), len(spaces), width, 1.0 + 2.0 * sum(deep))
     lines, lost, reaches_zero = iter(grid), 0, False
     for (kind, split), panels in zip(kinds, deep, strict=True):
         of_kind = table[(table["kind"] == kind) & (table["split"] == split)]
@@ -88,7 +89,7 @@ def worst_case_curves(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
         line[0].set_ylabel("worst loss rise, lower bound\n(" + ", ".join(word for word in (kind, split) if word) + ")")
         if panels == 2:
             _draw_progress(next(lines), of_kind, spaces, styles)
-    canvas.legend(figure, [*canvas.line_handles(styles, table["method"], markers=False), *_kinds_of_line()], PAGE)
+    canvas.legend(figure, [*canvas.line_handles(styles, table["method"], markers=False), *_kinds_of_line()], width)
     words = "Line: mean over seeds of the larger of two searches, a lower bound of the worst case. "
     words += canvas.interval_words(bounds, "whiskers", confidence)
     words += " Whiskers that meet the lower edge reach 0 or below." if reaches_zero else ""
@@ -96,7 +97,7 @@ def worst_case_curves(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
         words += " Lower panels: best rise by the step of the search over the last, at the largest radius; a curve that"
         words += " still climbs at its end has not converged."
     words += " Radii of the two spaces are not comparable." if len(spaces) > 1 else ""
-    canvas.caption(figure, words + canvas.non_finite_words(lost), PAGE)
+    canvas.caption(figure, words + canvas.non_finite_words(lost), width)
     return figure
 
 
