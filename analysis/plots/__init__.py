@@ -18,6 +18,7 @@ from analysis.plots.density import density_curves, density_table
 from analysis.plots.eigenvalues import eigenvalue_bars, eigenvalue_ladder, eigenvalue_table
 from analysis.plots.landscape import landscape_lines, landscape_table
 from analysis.plots.layers import LayerQuantity, layer_heatmap, layer_table
+from analysis.plots.m_sharpness import m_sharpness_points, m_sharpness_table
 from analysis.plots.overlap import outside_share_bars, outside_share_table, overlap_heatmap, overlap_table
 from analysis.plots.perturbation import perturbation_curves, perturbation_table
 from analysis.plots.save import save_data, save_figure
@@ -41,6 +42,7 @@ __all__ = [
     "interactive_surface",
     "landscape_lines",
     "layer_heatmap",
+    "m_sharpness_points",
     "outside_share_bars",
     "overlap_heatmap",
     "perturbation_curves",
@@ -86,6 +88,7 @@ FIGURES: tuple[FigureFamily, ...] = (
     _curves("adversarial_induced", "The same over the induced ‖ε_W‖", "adversarial", "loss_rise", x="induced_norm"),
     _curves("adversarial_accuracy", "Accuracy one gradient step away", "adversarial", "accuracy"),
     FigureFamily("worst_case", "Worst-case loss rise, a lower bound", worst_case_table, worst_case_curves),
+    FigureFamily("m_sharpness", "m-sharpness, each m for itself", m_sharpness_table, m_sharpness_points),
     FigureFamily("eigenvalues", "Largest Hessian eigenvalues", eigenvalue_table, eigenvalue_bars),
     FigureFamily("eigenvalue_ladder", "Every eigenvalue with its residual", eigenvalue_table, eigenvalue_ladder),
     FigureFamily("density", "Spectral density of the curvature", density_table, density_curves),
@@ -141,8 +144,8 @@ def draw_all(
         surface_table(frame)
     if not tables and not files:
         raise NothingToDraw(
-            "no figure has rows: add one of landscape, surface, random, adversarial, worst_case, spectrum, density, "
-            "layers, subspace"
+            "no figure has rows: add one of landscape, surface, random, adversarial, worst_case, m_sharpness, "
+            "spectrum, density, layers, subspace"
         )
     written: list[Path] = []
     for family in FIGURES:

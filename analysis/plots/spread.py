@@ -6,7 +6,8 @@ from scipy import stats
 
 from analysis.statistics import KEYS, summarize
 
-SEEDS, DIRECTIONS, NONE = "training seeds", "random directions", ""
+SEEDS, DIRECTIONS, GROUPS, NONE = "training seeds", "random directions", "groups", ""
+_COUNTS = {SEEDS: "n_seeds", DIRECTIONS: "n_directions", GROUPS: "groups"}
 
 
 def spread_table(rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
@@ -32,13 +33,14 @@ def spread_words(table: pd.DataFrame, what: str, confidence: float) -> str:
     """What the drawn ``what`` (bands, whiskers) of a :func:`spread_table` are, in a sentence or two."""
     words = []
     level = f"{100 * confidence:g} % t-interval of the mean over"
-    for over, column in ((SEEDS, "n_seeds"), (DIRECTIONS, "n_directions")):
-        counts = sorted({int(n) for n in table.loc[table["over"] == over, column]})
-        if counts:
+    for over, column in _COUNTS.items():
+        here = table["over"] == over
+        if here.any():
+            counts = sorted({int(n) for n in table.loc[here, column]})
             counted = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
             words.append(f"{level} {counted} {over}")
             words[-1] += " (few: intervals are wide)" if over == SEEDS and counts[0] <= 3 else ""
-            words[-1] += " of one training seed, which says nothing of other seeds" if over == DIRECTIONS else ""
+            words[-1] += " of one training seed, which says nothing of other seeds" if over != SEEDS else ""
     if not words:
         return f"One seed: no {what} can be drawn."
     return f"{what.capitalize()}: {', or '.join(words)}."
