@@ -103,7 +103,7 @@ class Surface:
     error: Array  # (rows, columns), estimated of an interpolated loss; NaN where it was evaluated
     marks: pd.DataFrame  # label, x, y, value (true loss), excess, off_plane; in the order of a path
     labels: tuple[str, str]  # of the axes
-    explained: tuple[float, float] | None  # share of the variance along each axis
+    explained: tuple[float, float] | None  # share of Σ‖w_t − w_T‖² of the marks along each axis
     worth: dict[str, float]  # evaluated, interpolation_error, precision_error, cosine; absent where not measured
     centre: float  # loss that the excess is over
     reference: str  # which loss that is, where not the one at the centre
@@ -119,6 +119,16 @@ class Surface:
     def interpolated(self) -> NDArray[np.bool_]:
         """Which losses were not evaluated, (rows, columns)."""
         return np.isfinite(self.error)
+
+    def alone(self, corners: int) -> NDArray[np.bool_]:
+        """Which finite losses belong to no cell of the grid with ``corners`` finite ones, (rows, columns).
+
+        Such a point would not be seen in a drawing that fills those cells only.
+        """
+        finite = np.isfinite(self.loss)
+        cells = np.sum([finite[:-1, :-1], finite[:-1, 1:], finite[1:, :-1], finite[1:, 1:]], axis=0)
+        filled = np.pad(cells >= corners, 1)
+        return finite & ~(filled[:-1, :-1] | filled[:-1, 1:] | filled[1:, :-1] | filled[1:, 1:])
 
     @property
     def mismatch(self) -> Array:
@@ -198,8 +208,14 @@ def scale_for(group: Sequence[Surface]) -> Scale:
     centre = max(abs(surface.centre) for surface in group)
     small = max(float(np.quantile(sizes, 0.05)), _DEEPEST * float(sizes.max()), _ROUNDING * centre)
     threshold = 10.0 ** math.floor(math.log10(small))
-    low, high = min(float(excess.min()), 0.0), max(float(excess.max()), threshold)
-    return Scale(threshold, low if low < -threshold else 0.0, high)
+    return Scale(threshold, min(float(excess.min()), 0.0), max(float(excess.max()), threshold))
+
+
+def window_for(group: Sequence[Surface]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Ends of x and of y that hold every surface of a group: its panels have the same axes."""
+    left, bottom = (min(float(at[0]) for at in ends) for ends in ([s.x for s in group], [s.y for s in group]))
+    right, top = (max(float(at[-1]) for at in ends) for ends in ([s.x for s in group], [s.y for s in group]))
+    return (left, right), (bottom, top)
 
 
 def space_and_kind(surface: Surface) -> str:
@@ -208,9 +224,11 @@ def space_and_kind(surface: Surface) -> str:
 
 
 def axis_label(surface: Surface, axis: int) -> str:
-    """Label of axis 0 or 1, with the share of variance that it explains."""
-    share = f" ({100 * surface.explained[axis]:.3g}\u00a0%\u00a0of\u00a0variance)" if surface.explained else ""
-    return surface.labels[axis] + share
+    """Label of axis 0 or 1, with its share of the path."""
+    if surface.explained is None:
+        return surface.labels[axis]
+    share = f"{100 * surface.explained[axis]:.3g}\u00a0%"
+    return f"{surface.labels[axis]} ({share} of the squared distance from the final weights)"
 
 
 def _is_power_of_ten(value: float) -> bool:
