@@ -51,15 +51,20 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """Digest of the examples, the weights, what computes, and what :attr:`locate` says of itself."""
-        computing = (FORMAT, torch.__version__, self.space.device.type)
-        data = (self.objective.digest, self.objective.shifted)
-        digest = hashlib.sha256(f"{computing} {data} {self.space.name} {self.locate.identity}".encode())
-        for name, tensor in self.space.model.state_dict().items():
-            if isinstance(tensor, torch.Tensor):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """:func:`identity_of` with what :attr:`locate` says of itself."""
+        return identity_of(self.objective, self.space, self.locate.identity)
+
+
+def identity_of(objective: Objective, space: WeightSpace, what: str) -> str:
+    """Digest of the examples, the weights, what computes, and ``what`` is computed of them."""
+    computing = (FORMAT, torch.__version__, space.device.type)
+    data = (objective.digest, objective.shifted)
+    digest = hashlib.sha256(f"{computing} {data} {space.name} {what}".encode())
+    for name, tensor in space.model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Points:
@@ -100,7 +105,7 @@ class Points:
         """Points computed by now, those of an earlier run not counted."""
         self.most = 0
         """Points that will be asked for, for ``watch``; what was asked for if it is more."""
-        if store is not None and _rank() == 0:
+        if store is not None and rank() == 0:
             store.open(self._evaluator.job.identity)
 
     def __enter__(self) -> "Points":
@@ -128,7 +133,7 @@ class Points:
         self._report()
         share = SHARED * self._workers * _ranks() if _ranks() > 1 else max(len(todo), 1)
         for start in range(0, len(todo), share):
-            mine = todo[start : start + share][_rank() :: _ranks()]
+            mine = todo[start : start + share][rank() :: _ranks()]
             several = self._workers > 1 and len(mine) > 1
             found = self._in_pool(mine, precision) if several else self._here(mine, precision)
             for key, metrics in _gathered(found).items():
@@ -167,12 +172,12 @@ class Points:
         return found
 
     def _from_store(self, precision: Precision, key: Key) -> dict[str, float] | None:
-        return None if self._store is None or _rank() else self._store.get(_address(precision, key))
+        return None if self._store is None or rank() else self._store.get(_address(precision, key))
 
     def _keep(self, precision: Precision, key: Key, metrics: dict[str, float]) -> None:
         self._known[precision, key] = metrics
         self.evaluated += 1
-        if self._store is not None and _rank() == 0:
+        if self._store is not None and rank() == 0:
             self._store.add(_address(precision, key), metrics)
         self._report()
 
@@ -226,7 +231,8 @@ def _in_worker(key: Key, precision: Precision) -> dict[str, float]:
     return _worker(key, precision)
 
 
-def _rank() -> int:
+def rank() -> int:
+    """This process's among those of an initialised ``torch.distributed``; 0 where there is none."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

@@ -10,6 +10,7 @@ all examples of the objective.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,9 +25,10 @@ from analysis.core.trained import Trained
 from analysis.core.vectors import Vector, dot, norm
 from analysis.landscape.adaptive import Node, adaptive_grid, place_of
 from analysis.landscape.eigen_plane import measured_eigen_plane
+from analysis.landscape.kept_plane import kept_plane
 from analysis.landscape.lines import odd
 from analysis.landscape.plane import Plane, cosine
-from analysis.landscape.points import Points, Precision
+from analysis.landscape.points import Points, Precision, identity_of
 from analysis.landscape.random_plane import random_plane
 from analysis.landscape.rounding import PRECISION_ERROR, checked_points, roughness
 from analysis.landscape.store import Key, PointStore
@@ -361,7 +363,8 @@ def _run(
     if settings.plane == "filter":
         plane = random_plane(space, seed=settings.seed)
     else:
-        plane = measured_eigen_plane(objective, space, seed=settings.seed, max_products=300, watch=watch)
+        made = partial(measured_eigen_plane, objective, space, seed=settings.seed, max_products=300, watch=watch)
+        plane = kept_plane(space, store, identity_of(objective, space, f"eigenvectors, {settings.seed}"), made)
     common = settings.model_dump(include={"points", "extent", "target_rise", "error", "precision", "workers"})
     return loss_surface(objective, space, plane, store=store, watch=watch, **common)
 

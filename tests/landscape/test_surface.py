@@ -14,6 +14,7 @@ from analysis.landscape import surface as surface_module
 from analysis.landscape.plane import Plane
 from analysis.landscape.random_plane import random_plane
 from analysis.landscape.rounding import factor, roughness, to_check
+from analysis.landscape.store import PointStore
 from analysis.landscape.surface import MEASURE, SurfaceSettings, common_extent, loss_surface
 from analysis.landscape.window import LADDER
 from bilora.errors import UserError
@@ -210,6 +211,29 @@ def test_eigenvector_axes_have_their_curvature():
     middle = surface.losses[2]
     assert middle - middle[2] == pytest.approx(2.0 * surface.x**2, rel=1e-3)
     assert surface.losses[:, 2] - middle[2] == pytest.approx(-1.5 * surface.y**2, rel=1e-3)
+
+
+def test_a_plane_of_eigenvectors_is_kept_with_its_points_and_goes_with_them(bert, tmp_path, monkeypatch):
+    objective, space = bert
+    store = PointStore(tmp_path / "points.jsonl")
+    settings = SurfaceSettings(plane="eigenvectors", points=5)
+    first = MEASURE.run(objective, space, settings, None, None, store)
+    passes, products = [], []
+    monkeypatch.setattr(surface_module, "measured_eigen_plane", lambda *_, **__: products.append(1) or first.plane)
+    hook = space.model.register_forward_hook(lambda *_: passes.append(1))
+    again = MEASURE.run(objective, space, settings, None, None, PointStore(store.path))
+    hook.remove()
+    assert (passes, products) == ([], [])
+    assert np.array_equal(again.losses, first.losses)
+    for kept, axis in zip(again.plane.axes, first.plane.axes, strict=True):
+        assert torch.equal(flat(kept), flat(axis))
+    for name in ("kind", "origin", "axis_labels", "cosine", "window", "marks", "explained", "path"):
+        assert getattr(again.plane, name) == getattr(first.plane, name)
+    MEASURE.run(objective, space, settings.model_copy(update={"seed": 1}), None, None, PointStore(store.path))
+    assert products == [1]
+    assert len(list(tmp_path.iterdir())) == 2
+    store.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_settings_are_refused(bert):
