@@ -100,7 +100,7 @@ class Points:
         self._pool: ProcessPoolExecutor | None = None
         self._others: set[Any] = set()
         self._known: dict[tuple[Precision, Key], dict[str, float]] = {}
-        self._told = (0, 0)
+        self._told: tuple[int, int] | None = None
         self.evaluated = 0
         """Points computed by now, those of an earlier run not counted."""
         self.most = 0
@@ -183,7 +183,7 @@ class Points:
 
     def _report(self) -> None:
         now = (len(self._known), max(self.most, len(self._known)))
-        if self._watch is not None and now[0] and now != self._told:
+        if self._watch is not None and now != self._told:
             self._told = now
             self._watch(*now, "points")
 
