@@ -54,8 +54,8 @@ class LandscapeSpec(BaseModel):
     @model_validator(mode="after")
     def _of_planes(self) -> "LandscapeSpec":
         if self.kind == "connect":
-            for name in {"error", "precision"} & self.model_fields_set:
-                if getattr(self, name) not in (None, "full"):
+            for name, value in (("error", self.error), ("precision", self.precision)):
+                if name in self.model_fields_set and value not in (None, "full"):
                     raise ValueError(f"{name} is a setting of planes: a line is evaluated at every point as it is")
         return self
 
