@@ -39,7 +39,8 @@ BOOKKEEPING = frozenset(
         ("density", "products"),
         ("density", "runs"),
         *(("surface", name) for name in ("cosine", "axis", "evaluated", "interpolation_error")),
-        *(("surface", name) for name in ("precision_error", "precision_cosine", "explained_variance")),
+        *(("surface", name) for name in ("precision_error", "precision_seen", "precision_checked")),
+        *(("surface", name) for name in ("precision_cosine", "explained_variance")),
     }
 )
 """``(measure, quantity)`` pairs that say what a number cost."""
@@ -51,6 +52,7 @@ CURVES = frozenset(
     {
         ("density", "density"),
         ("worst_case", "best_rise"),
+        ("worst_case", "start_rise"),
         *(("surface", name) for name in ("loss", "accuracy", "mark")),
         *(("connectivity", name) for name in ("loss", "accuracy")),
     }

@@ -1,11 +1,11 @@
 """Redraw the README's figures and table from the rows of the demo study: ``python figures/make.py``.
 
 Reads ``runs/demo/results.parquet`` (made by ``make demo``) and writes into this folder one small PNG per figure with
-its tidy CSV and a JSON of what made it, and ``table.md``, which also goes into the README. Nothing is measured here.
+its rows as CSV and Parquet and a JSON of what made it, and ``table.md``, which also goes into the README. Nothing is
+measured here.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pandas as pd
 
 from analysis.plots import FIGURES, NothingToDraw
 from analysis.plots.save import frame_hash, save_figure
+from analysis.study.origin import origins
 from analysis.study.store import write_text
 from analysis.study.table import markdown_table
 from bilora.errors import UserError
@@ -37,11 +38,8 @@ def make(results: Path, folder: Path) -> list[Path]:
         "study": sorted(frame["study"].unique().tolist()),
         "rows": len(frame),
         "rows_sha256": frame_hash(frame),
+        "data": origins([results]),
     }
-    beside = results.with_name("provenance.json")
-    if beside.is_file():
-        known = json.loads(beside.read_text(encoding="utf-8"))
-        made_by["measured_by"] = {key: known[key] for key in ("command", "versions") if key in known}
     written: list[Path] = []
     for family in FIGURES:
         if family.name not in SHOWN:

@@ -21,7 +21,7 @@ COLUMNS = {
 def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int = 5) -> pd.DataFrame:
     """Every measure of every method and seed; full fine-tuning has no LoRA space."""
     rng, rng_curvature = np.random.default_rng(0), np.random.default_rng(1)
-    rng_landscapes = np.random.default_rng(2)
+    rng_landscapes, rng_groups = np.random.default_rng(2), np.random.default_rng(3)
     rows: list[dict[str, object]] = []
     for method in methods:
         for seed in range(seeds):
@@ -39,6 +39,7 @@ def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int
             for space in spaces:
                 measured += _surface(rng_landscapes, space, scale, "filter")
                 measured += _worst_case(rng_landscapes, space, scale)
+                measured += _m_sharpness(rng_groups, space, scale)
                 measured += _connectivity(rng_landscapes, method, space, scale)
             for kind in ("eigenvectors", "adapters", "trajectory"):
                 measured += _surface(rng_landscapes, "full", scale, kind)
@@ -143,7 +144,7 @@ def _surface(rng, space, scale, kind, points=11):
     common = {"measure": "surface", "space": space, "kind": kind, "split": "train"}
     for index, (y, x) in enumerate((y, x) for y in at for x in at):
         place = {**common, "radius": x, "y": y, "index": index, "value": loss(x, y)}
-        yield {**place, "quantity": "loss", "standard_error": 0.01 if index % 3 else np.nan}
+        yield {**place, "quantity": "loss", "residual": 0.01 if index % 3 else np.nan}
     labels = {
         "filter": ("x, in filter norms", "y, in filter norms"),
         "eigenvectors": ("along v₁ (λ = 9.1), distance", "along v₂ (λ = 5.2), distance"),
@@ -180,6 +181,18 @@ def _worst_case(rng, space, scale, steps=20):
         for step in range(steps + 1):
             value = rise * (1 - 0.3 * np.exp(-0.3 * step))
             yield {**common, "quantity": "best_rise", "index": step, "value": value}
+
+
+def _m_sharpness(rng, space, scale, examples=256):
+    stretch = 3.0 if space == "lora" else 1.0
+    for m in (8, 32, 128):
+        common = {"measure": "m_sharpness", "space": space, "kind": f"m={m}", "split": "train"}
+        for quantity, value in (("groups", examples // m), ("steps", 1), ("restarts", 1)):
+            yield {**common, "quantity": quantity, "value": value}
+        for radius in RADII[:3]:
+            rise = scale * 2 * radius * stretch * (256 / m) ** 0.4 * (1 + 0.1 * rng.standard_normal())
+            spread = {"standard_error": rise * 0.8 / np.sqrt(examples / m), "induced_norm": radius * stretch}
+            yield {**common, **spread, "quantity": "loss_rise", "radius": radius, "value": rise}
 
 
 def _connectivity(rng, method, space, scale):

@@ -236,22 +236,22 @@ class WeightSpace:
         """Realised ‖eps_W‖ of ``perturbed(direction, scale)``, rounding of the stored weights included, in float64.
 
         In a LoRA space ``eps_W = s·((B + eps_B)(A + eps_A) − B·A) = s·[eps_B, B + eps_B]·[A; eps_A]`` for each layer,
-        whose norm is taken from the thin factors. Elsewhere it is the norm of the change itself.
+        whose norm is taken from the thin factors. Of other parameters (a head that was trained along, everything
+        outside a LoRA space) the change itself counts.
 
         Raises:
             ValueError: as :meth:`perturbed`.
         """
         changes = {name: self._change(name, step, scale) for name, step in self.aligned(direction).items()}
-        if not self.factored:
-            return math.sqrt(math.fsum(tensor_dot(change, change) for change in changes.values()))
         pairs = []
-        for layer, factors in self.factors.items():
+        for layer, factors in self.factors.items() if self.factored else ():
             B, A = factors.B.double(), factors.A.double()
-            eps_B = changes.get(f"{layer}.B", torch.zeros_like(B))
-            eps_A = changes.get(f"{layer}.A", torch.zeros_like(A))
+            eps_B = changes.pop(f"{layer}.B", torch.zeros_like(B))
+            eps_A = changes.pop(f"{layer}.A", torch.zeros_like(A))
             left = factors.scale * torch.cat([eps_B, B + eps_B], dim=1)
             pairs.append((left, torch.cat([A, eps_A], dim=0)))
-        return math.sqrt(squared_product_norms(pairs).sum().item())
+        products = squared_product_norms(pairs).sum().item() if pairs else 0.0
+        return math.sqrt(products + math.fsum(tensor_dot(change, change) for change in changes.values()))
 
     @torch.no_grad()
     def filter_norms(self) -> dict[str, Tensor]:

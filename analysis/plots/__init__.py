@@ -18,9 +18,10 @@ from analysis.plots.density import density_curves, density_table
 from analysis.plots.eigenvalues import eigenvalue_bars, eigenvalue_ladder, eigenvalue_table
 from analysis.plots.landscape import landscape_lines, landscape_table
 from analysis.plots.layers import LayerQuantity, layer_heatmap, layer_table
+from analysis.plots.m_sharpness import m_sharpness_points, m_sharpness_table
 from analysis.plots.overlap import outside_share_bars, outside_share_table, overlap_heatmap, overlap_table
 from analysis.plots.perturbation import perturbation_curves, perturbation_table
-from analysis.plots.save import save_figure
+from analysis.plots.save import save_data, save_figure
 from analysis.plots.surface import surface_contours
 from analysis.plots.surface_data import KINDS, surface_table
 from analysis.plots.surface_html import interactive_surface, write_surface_html
@@ -41,6 +42,7 @@ __all__ = [
     "interactive_surface",
     "landscape_lines",
     "layer_heatmap",
+    "m_sharpness_points",
     "outside_share_bars",
     "overlap_heatmap",
     "perturbation_curves",
@@ -86,6 +88,7 @@ FIGURES: tuple[FigureFamily, ...] = (
     _curves("adversarial_induced", "The same over the induced ‖ε_W‖", "adversarial", "loss_rise", x="induced_norm"),
     _curves("adversarial_accuracy", "Accuracy one gradient step away", "adversarial", "accuracy"),
     FigureFamily("worst_case", "Worst-case loss rise, a lower bound", worst_case_table, worst_case_curves),
+    FigureFamily("m_sharpness", "m-sharpness, each m for itself", m_sharpness_table, m_sharpness_points),
     FigureFamily("eigenvalues", "Largest Hessian eigenvalues", eigenvalue_table, eigenvalue_bars),
     FigureFamily("eigenvalue_ladder", "Every eigenvalue with its residual", eigenvalue_table, eigenvalue_ladder),
     FigureFamily("density", "Spectral density of the curvature", density_table, density_curves),
@@ -100,13 +103,13 @@ FILES: dict[str, Callable[[pd.DataFrame, Path], Path]] = {
     "surface.html": lambda frame, path: write_surface_html(interactive_surface(frame), path),
     "surface.vtu": write_surface_vtk,
 }
-"""Files that are written beside the figures where surfaces were measured, by name."""
+"""Files that are written beside the figures where surfaces were measured, by name; their rows are ``surface.csv``."""
 
 
 def draw_all(
     frame: pd.DataFrame, folder: Path, provenance: Mapping[str, Any], only: Collection[str] | None = None
 ) -> list[Path]:
-    """Draw every figure whose rows were measured, each as PNG, PDF, SVG with its tidy CSV and a JSON of what made it.
+    """Draw every figure whose rows were measured, each as PNG, PDF, SVG with its rows as CSV and Parquet and a JSON.
 
     Args:
         frame: the tidy rows of one study.
@@ -141,12 +144,16 @@ def draw_all(
         surface_table(frame)
     if not tables and not files:
         raise NothingToDraw(
-            "no figure has rows: add one of landscape, surface, random, adversarial, worst_case, spectrum, density, "
-            "layers, subspace"
+            "no figure has rows: add one of landscape, surface, random, adversarial, worst_case, m_sharpness, "
+            "spectrum, density, layers, subspace"
         )
     written: list[Path] = []
     for family in FIGURES:
         if family.name in tables:
             made_by = {"title": family.title, **provenance}
             written += save_figure(family.draw(frame), family.name, folder, tables[family.name], made_by)
-    return written + [FILES[name](frame, folder / name) for name in files]
+    written += [FILES[name](frame, folder / name) for name in files]
+    if files:
+        made_by = {"title": "Loss surfaces", "files": files, **provenance}
+        written += save_data("surface", folder, surface_table(frame), made_by)
+    return written

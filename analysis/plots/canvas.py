@@ -16,12 +16,19 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.plots.style import RC, SPACE_TITLES, MethodStyle
+from analysis.core.space import FACTORED
+from analysis.plots.style import COLUMN, PAGE, RC, SPACE_TITLES, MethodStyle
 from bilora.errors import UserError
 
 Drawn = ParamSpec("Drawn")
 Shared = Literal["none", "all", "row", "col"]
 
+
+EPS_W = r"$\Vert\varepsilon_W\Vert$"
+DECADES = 20.0
+"""A range of values wider than this factor is drawn on a logarithmic axis."""
+
+_DODGE = 0.035  # sideways shift between methods at one radius, in units of the spacing
 
 NON_FINITE = "_non-finite"
 """Label of the marks at the top edge (the underscore keeps it out of legends)."""
@@ -73,6 +80,11 @@ def panels(
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
 
 
+def width_for(columns: Sequence[object]) -> float:
+    """Inches: a text column for one panel, a page for several side by side."""
+    return COLUMN if len(columns) == 1 else PAGE
+
+
 def draw_bar(axes: Axes, x: float, bar: pd.Series, values: pd.Series, look: MethodStyle, width: float) -> None:
     """A mean (``mean``, ``low``, ``high`` of ``bar``) with its interval, and every seed's value as a dot."""
     axes.bar(x, bar["mean"], 0.9 * width, color=look.colour, alpha=0.55, linewidth=0)
@@ -86,6 +98,16 @@ def line_handles(styles: Mapping[str, MethodStyle], drawn: Iterable[str], *, mar
     here = set(drawn)
     return [
         Line2D([], [], color=s.colour, linestyle=s.line, marker=s.marker if markers else "", markeredgewidth=0, label=m)
+        for m, s in styles.items()
+        if m in here
+    ]
+
+
+def point_handles(styles: Mapping[str, MethodStyle], drawn: Iterable[str]) -> list[Line2D]:
+    """Legend entries of methods drawn as single points."""
+    here = set(drawn)
+    return [
+        Line2D([], [], color=s.colour, linestyle="none", marker=s.marker, markeredgewidth=0, label=m)
         for m, s in styles.items()
         if m in here
     ]
@@ -153,6 +175,33 @@ def spread_limits(table: pd.DataFrame, low: str = "low", high: str = "high") -> 
     top = min(np.nanmax([*table[high], mean.max()]), mean.max() + span)
     margin = 0.05 * (top - bottom)
     return float(bottom - margin), float(top + margin)
+
+
+def spans(values: pd.Series, factor: float) -> bool:
+    """Whether the finite ``values`` are positive and range over more than ``factor``: a logarithmic axis suits them."""
+    finite = values[np.isfinite(values)]
+    return bool(len(finite) and finite.min() > 0 and finite.max() / finite.min() > factor)
+
+
+def log_limits(table: pd.DataFrame) -> tuple[float, float]:
+    """Limits that hold all means; intervals that reach 0 run off the lower edge, very wide ones off the upper."""
+    low, high = table["mean"].min(), table["mean"].max()
+    return float(low / 2.5), float(max(high * 2, min(table["high"].max(), high * 5)))
+
+
+def dodged(x: pd.Series, step: float, log: bool) -> pd.Series:
+    """``x`` moved sideways by ``step`` small shifts, so that methods at one radius do not cover each other."""
+    if len(x) < 2:
+        return x
+    shift = _DODGE * step * np.diff(np.log(x) if log else x).min()
+    return x * np.exp(shift) if log else x + shift
+
+
+def radius_label(space: str, scaling: str) -> str:
+    """Label of an axis of radii of a worst case: what ρ bounds."""
+    if scaling != "isotropic":
+        return rf"radius $\rho=\Vert\delta\Vert$, relative to {'|w|' if scaling == 'elementwise' else 'row norms'}"
+    return r"radius $\rho=\Vert(\varepsilon_A,\varepsilon_B)\Vert$" if space in FACTORED else rf"radius $\rho=${EPS_W}"
 
 
 def space_title(space: str) -> str:

@@ -4,8 +4,6 @@
 2020, arXiv:1912.05671).
 """
 
-import itertools
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.plots import canvas
-from analysis.plots.style import COLUMN, PAGE, MethodStyle, in_space_order, styles_for
+from analysis.plots.style import COLUMN, PAGE, MethodStyle, in_space_order, spare_styles, styles_for
 from analysis.statistics import summarize
 
 BARRIER = "_barrier"
@@ -94,8 +92,7 @@ def _looks(curves: pd.DataFrame) -> dict[str, MethodStyle]:
     if pairs["method"].is_unique:
         styles = styles_for(pairs["method"])
         return {pairs.loc[pairs["method"] == m, "pair"].iloc[0]: look for m, look in styles.items()}
-    looks = itertools.cycle(styles_for(["LoRA", "Bi-LoRA", "Flat-LoRA", "LoRA-SAM", *"abcdef"]).values())
-    return dict(zip(sorted(set(pairs["pair"])), looks, strict=False))
+    return spare_styles(pairs["pair"])
 
 
 def _draw_panel(axes: Axes, panel: pd.DataFrame, looks: dict[str, MethodStyle], quantity: str) -> int:

@@ -5,8 +5,8 @@ from matplotlib.figure import Figure
 
 from analysis.core.space import FACTORED
 from analysis.plots import canvas
-from analysis.plots.style import PAGE, in_space_order, styles_for
-from analysis.statistics import summarize
+from analysis.plots.spread import spread_table, spread_words
+from analysis.plots.style import in_space_order, styles_for
 
 
 def landscape_table(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool = True) -> pd.DataFrame:
@@ -23,15 +23,16 @@ def landscape_table(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool
         centre = rows.loc[rows["radius"] == 0, [*line, "value"]].rename(columns={"value": "centre"})
         rows = rows.merge(centre, on=line, how="left")
         rows["value"] = rows["value"] - rows["centre"]
-    return summarize(rows, confidence).sort_values(["split", "space", "method", "radius"], ignore_index=True)
+    return spread_table(rows, confidence).sort_values(["split", "space", "method", "radius"], ignore_index=True)
 
 
 @canvas.styled
 def landscape_lines(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool = True) -> Figure:
-    """Mean loss over the filter-normalised distance α, with the interval over seeds; all panels share the loss axis.
+    """Mean loss over the filter-normalised distance α, with its interval; all panels share the loss axis.
 
-    Directions are averaged within a training seed before seeds are compared. Training seeds end at different losses, by
-    more than the lines bend; the rise over the loss at α = 0 shows the shape, which is what flatness is about.
+    The interval is over training seeds, or over directions where there is one seed. Directions are averaged within a
+    training seed before seeds are compared. Training seeds end at different losses, by more than the lines bend; the
+    rise over the loss at α = 0 shows the shape, which is what flatness is about.
 
     Args:
         frame: the tidy rows of one study.
@@ -44,7 +45,8 @@ def landscape_lines(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool
     styles = styles_for(frame["method"])
     table = landscape_table(frame, confidence, rise=rise)
     spaces, splits = in_space_order(table["space"]), canvas.variants(table, ["split"])
-    figure, grid = canvas.panels(len(splits), len(spaces), PAGE, 0.75 + 2.1 * len(splits), sharey="all")
+    width = canvas.width_for(spaces)
+    figure, grid = canvas.panels(len(splits), len(spaces), width, 0.75 + 2.1 * len(splits), sharey="all")
     lost = 0
     for (split,), line in zip(splits, grid, strict=True):
         for space, axes in zip(spaces, line, strict=True):
@@ -61,9 +63,11 @@ def landscape_lines(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool
             lost += canvas.mark_non_finite(axes, panel, styles, "radius")
         what = "loss rise over α = 0" if rise else "loss"
         line[0].set_ylabel(what + (f"\n({split})" if split else ""))
-    canvas.legend(figure, canvas.line_handles(styles, table["method"], markers=False), PAGE)
+    canvas.legend(figure, canvas.line_handles(styles, table["method"], markers=False), width)
     directions = int(table["n_directions"].min())
-    words = f"Line: mean over seeds of {directions} random direction{'s' * (directions != 1)} each. "
-    words += canvas.interval_words(table, "band", confidence) + " The two α are not the same distance in W."
-    canvas.caption(figure, words + canvas.non_finite_words(lost), PAGE)
+    each = f"{directions} random direction{'s' * (directions != 1)}"
+    words = f"Line: mean over seeds of {each} each. " if table["n_seeds"].max() > 1 else f"Line: mean over {each}. "
+    words += spread_words(table, "band", confidence)
+    words += " The two α are not the same distance in W." if len(spaces) > 1 else ""
+    canvas.caption(figure, words + canvas.non_finite_words(lost), width)
     return figure

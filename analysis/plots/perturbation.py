@@ -8,17 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from analysis.core.space import FACTORED
 from analysis.plots import canvas
-from analysis.plots.style import PAGE, in_space_order, styles_for
-from analysis.statistics import summarize
+from analysis.plots.spread import spread_table, spread_words
+from analysis.plots.style import in_space_order, styles_for
 
 X = Literal["radius", "induced_norm"]
-
-EPS_W = r"$\Vert\varepsilon_W\Vert$"
-
-_DECADES = 20.0  # a range of values wider than this factor is drawn on a log axis
-_DODGE = 0.035  # sideways shift between methods at one radius, in units of the spacing
 
 
 def perturbation_table(
@@ -29,7 +23,7 @@ def perturbation_table(
     Raises:
         NothingToDraw: the quantity was not measured.
     """
-    return summarize(canvas.chosen(frame, measure, quantity), confidence).sort_values(
+    return spread_table(canvas.chosen(frame, measure, quantity), confidence).sort_values(
         ["kind", "split", "space", "method", "radius"], ignore_index=True
     )
 
@@ -60,27 +54,28 @@ def perturbation_curves(
     table = perturbation_table(frame, measure, quantity, confidence)
     spaces, kinds = in_space_order(table["space"]), canvas.variants(table, ["kind", "split"])
     shared = x == "induced_norm"
+    width = canvas.width_for(spaces)
     figure, grid = canvas.panels(
-        len(kinds), len(spaces), PAGE, 0.75 + 2.0 * len(kinds),
+        len(kinds), len(spaces), width, 0.75 + 2.0 * len(kinds),
         sharex="row" if shared else "none", sharey="row",
     )  # fmt: skip
     lost, reaches_zero = 0, False
     for (kind, split), line in zip(kinds, grid, strict=True):
         of_kind = table[(table["kind"] == kind) & (table["split"] == split)]
-        log_y = quantity == "loss_rise" and _spans_decades(of_kind["mean"])
+        log_y = quantity == "loss_rise" and canvas.spans(of_kind["mean"], canvas.DECADES)
         for space, axes in zip(spaces, line, strict=True):
             panel = of_kind[of_kind["space"] == space]
-            log_x = _spans_decades(of_kind[x] if shared else panel[x], factor=5)
+            log_x = canvas.spans(of_kind[x] if shared else panel[x], 5)
             for position, (method, look) in enumerate(styles.items()):
                 curve = panel[panel["method"] == method]
-                at = curve[x] if shared else _dodged(curve[x], position - (len(styles) - 1) / 2, log_x)
+                at = curve[x] if shared else canvas.dodged(curve[x], position - (len(styles) - 1) / 2, log_x)
                 whiskers = np.stack([curve["mean"] - curve["low"], curve["high"] - curve["mean"]])
                 bars = axes.errorbar(at, curve["mean"], whiskers, elinewidth=0.8, color=look.colour, marker=look.marker)
                 bars.lines[0].set(linestyle=look.line, markeredgewidth=0)
             _x_ticks(axes, panel[x], log=log_x, at_values=not shared)
             if log_y:
                 axes.set_yscale("log")
-                axes.set_ylim(*_log_limits(of_kind))
+                axes.set_ylim(*canvas.log_limits(of_kind))
                 reaches_zero |= bool((panel["low"] <= 0).any())
             else:
                 axes.set_ylim(*canvas.spread_limits(of_kind))
@@ -88,24 +83,21 @@ def perturbation_curves(
             axes.set_xlabel(_x_label(x, space, kind))
             lost += canvas.mark_non_finite(axes, panel, styles, x)
         line[0].set_ylabel(_y_label(quantity, measure, kind, split))
-    canvas.legend(figure, canvas.line_handles(styles, table["method"], markers=True), PAGE)
-    words = canvas.interval_words(table, "whiskers", confidence)
+    canvas.legend(figure, canvas.line_handles(styles, table["method"], markers=True), width)
+    words = spread_words(table, "whiskers", confidence)
     if measure == "random":
-        words = f"Mean over {int(table['n_directions'].min())} directions per seed. " + words
+        each = " per seed" if table["n_seeds"].max() > 1 else ""
+        words = f"Mean over {int(table['n_directions'].min())} directions{each}. {words}"
     if reaches_zero:
         words += " Whiskers that meet the lower edge reach 0 or below."
     words += (
-        rf" Equal {EPS_W} can be compared across the two panels."
+        rf" Equal {canvas.EPS_W} can be compared across panels."
         if shared
-        else " Points of one radius are set side by side; radii of the two spaces are not comparable."
+        else " Points of one radius are set side by side."
     )
-    canvas.caption(figure, words + canvas.non_finite_words(lost), PAGE)
+    words += " Radii of the two spaces are not comparable." if not shared and len(spaces) > 1 else ""
+    canvas.caption(figure, words + canvas.non_finite_words(lost), width)
     return figure
-
-
-def _spans_decades(values: pd.Series, factor: float = _DECADES) -> bool:
-    finite = values.dropna()
-    return bool(len(finite) and finite.min() > 0 and finite.max() / finite.min() > factor)
 
 
 def _x_ticks(axes: Axes, values: pd.Series, *, log: bool, at_values: bool) -> None:
@@ -124,26 +116,12 @@ def _x_ticks(axes: Axes, values: pd.Series, *, log: bool, at_values: bool) -> No
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _log_limits(table: pd.DataFrame) -> tuple[float, float]:
-    """Limits that hold all means; intervals that reach 0 run off the lower edge, very wide ones off the upper."""
-    low, high = table["mean"].min(), table["mean"].max()
-    return float(low / 2.5), float(max(high * 2, min(table["high"].max(), high * 5)))
-
-
-def _dodged(x: pd.Series, step: float, log: bool) -> pd.Series:
-    if len(x) < 2:
-        return x
-    spacing = np.diff(np.log(x) if log else x).min()
-    shift = _DODGE * step * spacing
-    return x * np.exp(shift) if log else x + shift
-
-
 def _x_label(x: X, space: str, kind: str) -> str:
     if x == "induced_norm":
-        return f"induced {EPS_W}"
+        return f"induced {canvas.EPS_W}"
     if kind == "filter":
         return r"noise strength $\sigma$, relative to row norms"
-    return r"radius $\rho=\Vert(\varepsilon_A,\varepsilon_B)\Vert$" if space in FACTORED else rf"radius $\rho=${EPS_W}"
+    return canvas.radius_label(space, "isotropic")
 
 
 def _y_label(quantity: str, measure: str, kind: str, split: str) -> str:

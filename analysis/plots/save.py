@@ -22,6 +22,7 @@ DOTS_PER_INCH = 200
 
 # Dates are left out of the files, so that drawing the same rows again changes nothing on disk.
 _UNDATED: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+_GAUGES = {"lora": "as trained", "lora_balanced": "balanced by the SVD of B·A"}  # weights of other spaces have none
 _PACKAGES = ("bilora", "torch", "transformers", "peft", "numpy", "pandas", "scipy", "matplotlib", "plotly", "meshio")
 
 
@@ -33,14 +34,14 @@ def save_figure(
     provenance: Mapping[str, Any],
     formats: tuple[str, ...] = FORMATS,
 ) -> list[Path]:
-    """Write ``name.png``, ``.pdf``, ``.svg``, ``.csv`` and ``.json`` into ``folder``, each atomically.
+    """Write ``name.png``, ``.pdf``, ``.svg`` and those of :func:`save_data` into ``folder``, each atomically.
 
     Args:
         figure: the drawing.
         name: file stem.
         folder: made if missing.
-        data: the tidy rows drawn; the CSV holds them in full precision, the JSON their hash.
-        provenance: what made the rows (:func:`describe` of the whole frame, command, study, …), copied into the JSON.
+        data: the tidy rows drawn.
+        provenance: what made the rows (command, study, …), copied into the JSON.
         formats: image formats to write.
 
     Returns:
@@ -58,12 +59,22 @@ def save_figure(
             images[kind] = _in_a_palette(buffer) if kind == "png" else buffer.getvalue()
     figure.set_layout_engine(layout)
     written = [write_atomically(folder / f"{name}.{kind}", image) for kind, image in images.items()]
-    table = data.to_csv(index=False, lineterminator="\n").encode()
-    written.append(write_atomically(folder / f"{name}.csv", table))
-    made_by = {"figure": name, "csv_sha256": hashlib.sha256(table).hexdigest(), **describe(data), **provenance}
-    text = json.dumps(made_by, indent=2, ensure_ascii=False, default=str) + "\n"
-    written.append(write_atomically(folder / f"{name}.json", text.encode()))
-    return written
+    return [*written, *save_data(name, folder, data, provenance)]
+
+
+def save_data(name: str, folder: Path, data: pd.DataFrame, provenance: Mapping[str, Any]) -> list[Path]:
+    """Write the tidy rows that ``name`` draws and what made them, each atomically.
+
+    Returns:
+        The paths of ``name.csv`` and ``name.parquet``, both with the rows in full precision, and of ``name.json``: the
+        CSV's hash, :func:`describe` and ``provenance``.
+    """
+    text, binary = data.to_csv(index=False, lineterminator="\n").encode(), io.BytesIO()
+    data.to_parquet(binary, index=False)
+    made_by = {"figure": name, "csv_sha256": hashlib.sha256(text).hexdigest(), **describe(data), **provenance}
+    about = json.dumps(made_by, indent=2, ensure_ascii=False, default=str) + "\n"
+    contents = {"csv": text, "parquet": binary.getvalue(), "json": about.encode()}
+    return [write_atomically(folder / f"{name}.{kind}", content) for kind, content in contents.items()]
 
 
 def _in_a_palette(png: io.BytesIO) -> bytes:
@@ -75,12 +86,12 @@ def _in_a_palette(png: io.BytesIO) -> bytes:
 
 
 def describe(frame: pd.DataFrame) -> dict[str, Any]:
-    """What rows are about: methods, seeds, spaces, splits, gauge, and the versions that read them."""
+    """What rows are about: methods, seeds, spaces, splits, the gauge in each space, and the versions that read them."""
     about: dict[str, Any] = {}
     for key, column in (("methods", "method"), ("seeds", "seed"), ("spaces", "space"), ("splits", "split")):
         if column in frame:
             about[key] = sorted(value for value in frame[column].unique().tolist() if value != "")
-    about["gauge"] = "as trained"
+    about["gauge"] = {space: _GAUGES.get(space, "none") for space in about.get("spaces", [])}
     about["versions"] = versions()
     return about
 

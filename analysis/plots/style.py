@@ -1,5 +1,6 @@
 """One look for every figure: a method keeps its colour, marker and line wherever it appears."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,33 +44,69 @@ SPACE_TITLES = {
 """Panel titles, in the order in which spaces stand side by side."""
 
 
+Line = Literal["-"] | tuple[float, tuple[float, ...]]
+"""A solid line, or offset and lengths of dashes and gaps in line widths."""
+
+
 @dataclass(frozen=True)
 class MethodStyle:
     """How one method is drawn."""
 
     colour: str
     marker: str
-    line: Literal["-", "--", "-."] | tuple[float, tuple[float, ...]]
+    line: Line
 
 
-# Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies; marker and line repeat the
-# distinction for print in grey.
+_SOLID: Line = "-"
+_DOTTED: Line = (0, (1, 1))
+_DASHED: Line = (0, (5, 1.5))
+_DASH_DOT: Line = (0, (4, 1, 1, 1))
+_SHORT: Line = (0, (2, 1))
+_DASH_DOTS: Line = (0, (3, 1, 1, 1, 1, 1))
+_LONG: Line = (0, (9, 1.5))
+
+# Okabe and Ito's colours and others that stay apart under the common colour-vision deficiencies as well. No two have
+# the same marker and line, and those of similar colours differ in both: also apart in grey.
 _KNOWN = {
-    "Full FT": MethodStyle("#4D4D4D", "D", (0, (1, 1))),
-    "LoRA": MethodStyle("#0072B2", "o", "-"),
-    "LoRA-SAM": MethodStyle("#CC79A7", "s", (0, (5, 1.5))),
-    "Flat-LoRA": MethodStyle("#009E73", "^", (0, (4, 1, 1, 1))),
-    "Bi-LoRA": MethodStyle("#D55E00", "v", "-"),
+    "full": MethodStyle("#4D4D4D", "D", _DOTTED),
+    "lora": MethodStyle("#0072B2", "o", _SOLID),
+    "lora_sam": MethodStyle("#CC79A7", "s", _DASHED),
+    "flat_lora": MethodStyle("#009E73", "^", _DASH_DOT),
+    "bilora": MethodStyle("#D55E00", "v", _SOLID),
+    "sam": MethodStyle("#E69F00", "P", _SHORT),
+    "asam": MethodStyle("#663300", "X", _SHORT),
+    "lora_esam": MethodStyle("#9900FF", "<", _DASHED),
+    "lora_looksam": MethodStyle("#330099", ">", _DASH_DOTS),
+    "s2_sam": MethodStyle("#56B4E9", "d", _LONG),
+    "sl_sam": MethodStyle("#99CC66", "p", _SHORT),
+    "wsam": MethodStyle("#996633", "h", _LONG),
+    "fmlora": MethodStyle("#000000", "*", _DASHED),
+    "efmlora": MethodStyle("#330066", "8", _LONG),
+    "lora_obar": MethodStyle("#9999FF", "P", _DASH_DOT),
+    "lora_nbar": MethodStyle("#6633CC", "X", _SOLID),
+    "rwp_full": MethodStyle("#330033", "d", _DASH_DOTS),
+    "rwp_lora": MethodStyle("#663366", "*", _LONG),
+    "rop": MethodStyle("#9966FF", "D", _DASH_DOTS),
 }
-_ALIASES = {"full": "fullft", "fullfinetuning": "fullft", "fft": "fullft"}
-_FALLBACK = [
-    MethodStyle("#E69F00", "P", (0, (2, 1))),
-    MethodStyle("#56B4E9", "X", (0, (6, 1, 1, 1))),
-    MethodStyle("#7B4F9D", "<", "-"),
-    MethodStyle("#8C6D1F", ">", (0, (3, 1, 1, 1, 1, 1))),
-    MethodStyle("#000000", "*", "--"),
-    MethodStyle("#999999", "h", "-."),
-]
+"""The methods of :data:`bilora.methods.METHODS`, in the order in which they are drawn."""
+
+_ALIASES = {"fullft": "full", "fullfinetuning": "full", "fft": "full", "eflatlora": "efmlora"}
+
+# Looks of labels that are no methods, of other colours and so never those of a method.
+_COLOURS = (
+    "#332288",
+    "#44AA99",
+    "#117733",
+    "#999933",
+    "#882255",
+    "#AA4499",
+    "#661100",
+    "#CC6677",
+    "#6699CC",
+    "#8C6D1F",
+)
+_MARKERS = ("h", "p", "<", ">", "*", "8", "H", "d")
+_LINES = (_SOLID, _DASHED, _DASH_DOT, _SHORT, _DASH_DOTS, _LONG)
 
 
 def _plain(label: str) -> str:
@@ -77,31 +114,42 @@ def _plain(label: str) -> str:
     return _ALIASES.get(letters, letters)
 
 
-_BY_PLAIN_NAME = {_plain(label): label for label in _KNOWN}
+_BY_PLAIN_NAME = {_plain(name): look for name, look in _KNOWN.items()}
+
+
+def style_of(label: str) -> MethodStyle:
+    """The look of one method, by its name alone: always the same, whatever else is drawn.
+
+    Methods of the registry have looks of their own, in any spelling (``bilora``, ``Bi-LoRA``). The look of another
+    label comes from its hash, one of 480: of two labels that happen to look alike, rename one.
+    """
+    known = _BY_PLAIN_NAME.get(_plain(label))
+    if known is not None:
+        return known
+    number = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8])
+    number, colour = divmod(number, len(_COLOURS))
+    number, marker = divmod(number, len(_MARKERS))
+    return MethodStyle(_COLOURS[colour], _MARKERS[marker], _LINES[number % len(_LINES)])
 
 
 def styles_for(labels: Iterable[str]) -> dict[str, MethodStyle]:
-    """Style of every label, in drawing order.
-
-    Known methods come first, in their fixed order and look, whatever their spelling (``bilora``, ``Bi-LoRA``). All
-    other labels follow in alphabetical order and take the spare looks in that order, so that the same set of labels is
-    always drawn alike.
-    """
-    names = sorted(set(labels))
+    """:func:`style_of` every label in drawing order: methods of the registry, then others in alphabetical order."""
     order = list(_BY_PLAIN_NAME)
-    known = sorted((name for name in names if _plain(name) in _BY_PLAIN_NAME), key=lambda n: order.index(_plain(n)))
-    styles: dict[str, MethodStyle] = {}
-    spare = []
-    for name in known:
-        look = _KNOWN[_BY_PLAIN_NAME[_plain(name)]]
-        if look in styles.values():  # two spellings of one method in one study
-            spare.append(name)
-        else:
-            styles[name] = look
-    spare += [name for name in names if name not in known]
-    for position, name in enumerate(spare):
-        styles[name] = _FALLBACK[position % len(_FALLBACK)]
-    return styles
+    known = {name: order.index(_plain(name)) for name in set(labels) if _plain(name) in _BY_PLAIN_NAME}
+    return {name: style_of(name) for name in sorted(set(labels), key=lambda n: (known.get(n, len(order)), n))}
+
+
+def spare_styles(names: Iterable[str]) -> dict[str, MethodStyle]:
+    """Looks for what is no method, such as a pair of solutions: none is a method's, and the first ten differ in colour.
+
+    They go by the names' alphabetical order, so that the same names always look alike.
+    """
+    return {
+        name: MethodStyle(
+            _COLOURS[position % len(_COLOURS)], _MARKERS[position % len(_MARKERS)], _LINES[position % len(_LINES)]
+        )
+        for position, name in enumerate(sorted(set(names)))
+    }
 
 
 def in_space_order(spaces: Iterable[str]) -> list[str]:

@@ -7,6 +7,7 @@ Colour and contour lines show the excess ``e = L(x, y) − L(0, 0)`` by its heig
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.patheffects as effects
@@ -23,11 +24,26 @@ from matplotlib.ticker import MaxNLocator
 from analysis.plots import canvas
 from analysis.plots.mark_labels import place_labels, settle_numbers
 from analysis.plots.style import COLUMN, PAGE
-from analysis.plots.surface_data import Scale, Surface, axis_label, scale_for, space_and_kind, surface_table, surfaces
+from analysis.plots.surface_data import (
+    Scale,
+    Surface,
+    axis_label,
+    scale_for,
+    space_and_kind,
+    surface_table,
+    surfaces,
+    window_for,
+)
 from analysis.plots.surface_words import surface_caption
 
 NOT_FINITE = "_not finite"
 """Label of the crosses on points whose loss is not finite."""
+ALONE = "_alone"
+"""Label of the squares on finite losses that lie among others too few to fill a cell between."""
+FILL, OPEN = "_fill", "_open"
+"""Labels of the coloured contours, and of the hatching below that is seen where there is none."""
+NOT_SAMPLED = "not sampled"
+"""``get_gid()`` of the words in the blank part of a panel."""
 MARKS = "_marks"
 """Label of the marked points."""
 
@@ -39,6 +55,7 @@ _ABREAST = {1: 1, 2: 2, 4: 2}  # panels side by side, three for other numbers
 _LARGEST = 2.2  # inches a panel
 _LONG = 3.0  # windows longer than this are not drawn in equal units
 _LETTER = 0.063  # inches a character of a label takes
+_WORD = 0.14  # inches that a line of words is high
 _TICK = 0.14  # inches between two labels of a colour bar
 
 
@@ -88,29 +105,32 @@ def surface_contours(
 
 def _height(group: Sequence[Surface], abreast: int, side: float) -> float:
     deep = math.ceil(len(group) / abreast)
-    tallest = _tallest(group, side)
+    tall = _tall(group, side)
     if _alike(group):
-        return 0.6 + deep * (tallest + 0.42)
-    return 0.4 + deep * (tallest + 0.48 + 0.13 * max(_label_lines(surface, side) for surface in group))
+        return 0.6 + deep * (tall + 0.42)
+    return 0.4 + deep * (tall + 0.48 + 0.13 * max(_label_lines(surface, side) for surface in group))
 
 
-def _tallest(group: Sequence[Surface], side: float) -> float:
-    """Inches of the highest panel."""
-    return max(min(side * _aspect(surface), _LARGEST) for surface in group)
+def _tall(group: Sequence[Surface], side: float) -> float:
+    """Inches of a panel's height."""
+    return min(side * _aspect(group), _LARGEST)
 
 
 def _alike(group: Sequence[Surface]) -> bool:
-    """Whether several panels all show the same window under the same labels."""
-    return (
-        len(group) > 1
-        and len({(s.x[0], s.x[-1], s.y[0], s.y[-1], axis_label(s, 0), axis_label(s, 1)) for s in group}) == 1
-    )
+    """Whether several panels all have the same labels."""
+    return len(group) > 1 and len({(axis_label(surface, 0), axis_label(surface, 1)) for surface in group}) == 1
 
 
-def _aspect(surface: Surface) -> float:
-    """Height over width of the panel."""
-    ratio = float(np.ptp(surface.y) / np.ptp(surface.x))
+def _aspect(group: Sequence[Surface]) -> float:
+    """Height over width of a panel."""
+    ratio = _ratio(group)
     return ratio if 1 / _LONG <= ratio <= _LONG else 1.0
+
+
+def _ratio(group: Sequence[Surface]) -> float:
+    """Height over width of the window."""
+    (left, right), (bottom, top) = window_for(group)
+    return (top - bottom) / (right - left)
 
 
 def _wrapped(text: str, side: float) -> str:
@@ -130,7 +150,7 @@ def _draw_group(
     alike = _alike(group)
     if alike:
         part.supxlabel(axis_label(group[0], 0), fontsize=8)
-        part.supylabel(_wrapped(axis_label(group[0], 1), len(grid) * _tallest(group, side)), fontsize=8)
+        part.supylabel(_wrapped(axis_label(group[0], 1), len(grid) * _tall(group, side)), fontsize=8)
     drawn = []
     for position, axes in enumerate(grid.flat):
         if position >= len(group):
@@ -138,13 +158,14 @@ def _draw_group(
             continue
         surface = group[position]
         drawn.append((axes, surface, *_draw_surface(axes, surface, scale)))
+        _set_window(axes, surface, group, side)
         axes.set_title(surface.method, pad=3)
         if not alike:
             axes.set_xlabel(_wrapped(axis_label(surface, 0), side))
-            axes.set_ylabel(_wrapped(axis_label(surface, 1), side * min(_aspect(surface), 1.0)))
+            axes.set_ylabel(_wrapped(axis_label(surface, 1), _tall(group, side)))
     colours = ScalarMappable(Normalize(*scale.ends), mpl.colormaps[_COLOURS])
     bar = part.colorbar(colours, ax=grid, aspect=18 if len(group) > 1 else 14, pad=0.02, fraction=0.05)
-    at, labels = scale.ticks_apart(_TICK / (len(grid) * _tallest(group, side)))
+    at, labels = scale.ticks_apart(_TICK / (len(grid) * _tall(group, side)))
     bar.set_ticks(scale.height(np.array(at)).tolist(), labels=labels)
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=7)
@@ -158,12 +179,14 @@ def _draw_surface(axes: Axes, surface: Surface, scale: Scale) -> tuple[ContourSe
     low, high = scale.ends
     axes.grid(visible=False)
     axes.spines[:].set_visible(True)
-    # Below the fill: seen where there is none.
-    axes.fill_between([0, 1], 0, 1, transform=axes.transAxes, facecolor="0.93", edgecolor="0.6", hatch="////", zorder=0)
+    below = axes.fill_between(surface.x[[0, -1]], surface.y[0], surface.y[-1], facecolor="0.93", edgecolor="0.6")
+    below.set(hatch="////", linewidth=0, zorder=0, label=OPEN)
+    # Extended, so that rounding at the ends of the scale leaves no finite loss unfilled.
     fill = axes.contourf(
-        surface.x, surface.y, heights, np.linspace(low, high, _BANDS + 1), cmap=_COLOURS, vmin=low, vmax=high, zorder=1
-    )
-    fill.set(edgecolor="face", linewidth=0.2)  # no hairlines between the bands of a PDF
+        surface.x, surface.y, heights, np.linspace(low, high, _BANDS + 1), cmap=_COLOURS, vmin=low, vmax=high,
+        extend="both", zorder=1,
+    )  # fmt: skip
+    fill.set(edgecolor="face", linewidth=0.2, label=FILL)  # no hairlines between the bands of a PDF
     levels, names = _levels(surface, scale)
     lines = axes.contour(surface.x, surface.y, heights, levels, colors="white", linewidths=0.6, zorder=2)
     lines.set(linestyle=["--" if level < 0 else "-" for level in levels])
@@ -173,7 +196,9 @@ def _draw_surface(axes: Axes, surface: Surface, scale: Scale) -> tuple[ContourSe
         text.set_clip_on(True)
         text.set_in_layout(False)
     across, up = np.meshgrid(surface.x, surface.y)
-    lost = ~np.isfinite(surface.loss)
+    lost, alone = ~np.isfinite(surface.loss), surface.alone(3)
+    colour: dict[str, Any] = {"c": heights[alone], "cmap": _COLOURS, "vmin": low, "vmax": high}
+    axes.scatter(across[alone], up[alone], s=14, marker="s", linewidths=0, zorder=1, label=ALONE, **colour)
     (crosses,) = axes.plot(across[lost], up[lost], linestyle="none", marker="x", color="black", markersize=2.5)
     crosses.set(markeredgewidth=0.6, label=NOT_FINITE)
     if surface.kind == "trajectory":
@@ -187,13 +212,33 @@ def _draw_surface(axes: Axes, surface: Surface, scale: Scale) -> tuple[ContourSe
     dots.set_facecolor([
         "white" if np.isnan(at) else mpl.colormaps[_COLOURS](Normalize(low, high)(at)) for at in filled
     ])  # fmt: skip
+    return lines, names
+
+
+def _set_window(axes: Axes, surface: Surface, group: Sequence[Surface], side: float) -> None:
+    """The axes that all panels of the group share, and a word in the widest part that this surface does not reach."""
+    window = window_for(group)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    axes.set_xlim(surface.x[0], surface.x[-1])
-    axes.set_ylim(surface.y[0], surface.y[-1])
-    if math.isclose(_aspect(surface), float(np.ptp(surface.y) / np.ptp(surface.x))):
+    axes.set_xlim(*window[0])
+    axes.set_ylim(*window[1])
+    if math.isclose(_aspect(group), _ratio(group)):
         axes.set_aspect("equal")
-    return lines, names
+    empty = []
+    for which, at in enumerate((surface.x, surface.y)):
+        low, high = window[which]
+        inches = (side if which == 0 else _tall(group, side)) / (high - low)
+        empty += [
+            ((at[0] - low) * inches, which, (low + at[0]) / 2),
+            ((high - at[-1]) * inches, which, (at[-1] + high) / 2),
+        ]
+    room, which, place = max(empty)
+    if room < _WORD:
+        return
+    middle = sum(window[1 - which]) / 2
+    x, y = (place, middle) if which == 0 else (middle, place)
+    text = axes.text(x, y, "not sampled", fontsize=7, color="0.4", ha="center", va="center", gid=NOT_SAMPLED)
+    text.set(rotation=90 if which == 0 else 0, in_layout=False)
 
 
 def _levels(surface: Surface, scale: Scale) -> tuple[list[float], list[str]]:

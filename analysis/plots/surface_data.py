@@ -103,7 +103,7 @@ class Surface:
     error: Array  # (rows, columns), estimated of an interpolated loss; NaN where it was evaluated
     marks: pd.DataFrame  # label, x, y, value (true loss), excess, off_plane; in the order of a path
     labels: tuple[str, str]  # of the axes
-    explained: tuple[float, float] | None  # share of the variance along each axis
+    explained: tuple[float, float] | None  # share of Σ‖w_t − w_T‖² of the marks along each axis
     worth: dict[str, float]  # evaluated, interpolation_error, precision_error, cosine; absent where not measured
     centre: float  # loss that the excess is over
     reference: str  # which loss that is, where not the one at the centre
@@ -119,6 +119,16 @@ class Surface:
     def interpolated(self) -> NDArray[np.bool_]:
         """Which losses were not evaluated, (rows, columns)."""
         return np.isfinite(self.error)
+
+    def alone(self, corners: int) -> NDArray[np.bool_]:
+        """Which finite losses belong to no cell of the grid with ``corners`` finite ones, (rows, columns).
+
+        Such a point would not be seen in a drawing that fills those cells only.
+        """
+        finite = np.isfinite(self.loss)
+        cells = np.sum([finite[:-1, :-1], finite[:-1, 1:], finite[1:, :-1], finite[1:, 1:]], axis=0)
+        filled = np.pad(cells >= corners, 1)
+        return finite & ~(filled[:-1, :-1] | filled[:-1, 1:] | filled[1:, :-1] | filled[1:, 1:])
 
     @property
     def mismatch(self) -> Array:
@@ -144,8 +154,8 @@ def surface_table(
         The columns ``method``, ``seed``, ``kind``, ``split``, ``space``, ``quantity``, ``label``, ``x``, ``y``,
         ``index``, ``value``, ``excess`` (of ``loss`` and ``mark``: over the loss at x = y = 0; where that is not known
         or not finite, over the lowest finite loss), ``centre`` (that loss), ``reference`` (which: empty or words),
-        ``standard_error`` (of a ``loss``: estimated error where it was interpolated, else NaN), ``off_plane`` (of a
-        ``mark``) and ``n_seeds`` (training seeds measured).
+        ``interpolation_error`` (of a ``loss``: estimated largest where it was interpolated, else NaN), ``off_plane``
+        (of a ``mark``) and ``n_seeds`` (training seeds measured).
 
     Raises:
         NothingToDraw: no such surface was measured.
@@ -161,10 +171,12 @@ def surface_table(
         asked = {"kind": kind, "space": space, "seed": seed}
         named = " ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
         raise canvas.NothingToDraw(f"no surface {named} to draw".replace("  ", " ") + ": measure surface first")
-    rows = rows.rename(columns={"radius": "x", "residual": "off_plane"})
+    left = {"off_plane": rows["residual"].where(rows["quantity"] == "mark")}
+    left["interpolation_error"] = rows["residual"].where(rows["quantity"] == "loss")
+    rows = rows.rename(columns={"radius": "x"}).assign(**left)
     parts = [_with_excess(part) for _, part in rows.groupby([*_SURFACE, "seed"], sort=False)]
     columns = ["method", "seed", *PLACE, "quantity", "label", "x", "y", "index", "value", "excess", "centre"]
-    table = pd.concat(parts)[[*columns, "reference", "standard_error", "off_plane", "n_seeds"]]
+    table = pd.concat(parts)[[*columns, "reference", "interpolation_error", "off_plane", "n_seeds"]]
     return table.sort_values([*PLACE, "method", "quantity", "index"], ignore_index=True, kind="stable")
 
 
@@ -196,8 +208,14 @@ def scale_for(group: Sequence[Surface]) -> Scale:
     centre = max(abs(surface.centre) for surface in group)
     small = max(float(np.quantile(sizes, 0.05)), _DEEPEST * float(sizes.max()), _ROUNDING * centre)
     threshold = 10.0 ** math.floor(math.log10(small))
-    low, high = min(float(excess.min()), 0.0), max(float(excess.max()), threshold)
-    return Scale(threshold, low if low < -threshold else 0.0, high)
+    return Scale(threshold, min(float(excess.min()), 0.0), max(float(excess.max()), threshold))
+
+
+def window_for(group: Sequence[Surface]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Ends of x and of y that hold every surface of a group: its panels have the same axes."""
+    left, bottom = (min(float(at[0]) for at in ends) for ends in ([s.x for s in group], [s.y for s in group]))
+    right, top = (max(float(at[-1]) for at in ends) for ends in ([s.x for s in group], [s.y for s in group]))
+    return (left, right), (bottom, top)
 
 
 def space_and_kind(surface: Surface) -> str:
@@ -206,9 +224,11 @@ def space_and_kind(surface: Surface) -> str:
 
 
 def axis_label(surface: Surface, axis: int) -> str:
-    """Label of axis 0 or 1, with the share of variance that it explains."""
-    share = f" ({100 * surface.explained[axis]:.3g}\u00a0%\u00a0of\u00a0variance)" if surface.explained else ""
-    return surface.labels[axis] + share
+    """Label of axis 0 or 1, with its share of the path."""
+    if surface.explained is None:
+        return surface.labels[axis]
+    share = f"{100 * surface.explained[axis]:.3g}\u00a0%"
+    return f"{surface.labels[axis]} ({share} of the squared distance from the final weights)"
 
 
 def _is_power_of_ten(value: float) -> bool:
@@ -257,7 +277,7 @@ def _surface(rows: pd.DataFrame) -> Surface:
         method=str(first["method"]), seed=int(first["seed"]), kind=first["kind"], split=first["split"],
         space=first["space"], x=x, y=y, loss=on_grid(losses, "value"), excess=on_grid(losses, "excess"),
         accuracy=on_grid(by["accuracy"], "value") if "accuracy" in by else np.full((len(y), len(x)), np.nan),
-        error=on_grid(losses, "standard_error"),
+        error=on_grid(losses, "interpolation_error"),
         marks=by.get("mark", none)[["label", "x", "y", "value", "excess", "off_plane"]].reset_index(drop=True),
         labels=(str(axes.get(1, "x")), str(axes.get(2, "y"))),
         explained=(float(shares["value"].iloc[0]), float(shares["value"].iloc[1])) if len(shares) == 2 else None,

@@ -12,7 +12,16 @@ import numpy as np
 import pandas as pd
 
 from analysis.plots.save import write_atomically
-from analysis.plots.surface_data import Scale, Surface, axis_label, scale_for, space_and_kind, surface_table, surfaces
+from analysis.plots.surface_data import (
+    Scale,
+    Surface,
+    axis_label,
+    scale_for,
+    space_and_kind,
+    surface_table,
+    surfaces,
+    window_for,
+)
 from analysis.plots.surface_words import surface_caption
 
 if TYPE_CHECKING:
@@ -72,7 +81,8 @@ def interactive_surface(
     owners: list[int] = []
     for number, choice in enumerate(choices):
         for position, surface in enumerate(choice.group):
-            new = [_sheet(choice, surface, position), *_marks(choice, surface, position)]
+            new = [_sheet(choice, surface, position), *_alone(choice, surface, position)]
+            new += _marks(choice, surface, position)
             traces += new
             owners += [number] * len(new)
     buttons = []
@@ -154,6 +164,7 @@ class _Choice:
         low, high = self.ends
         room = 0.04 * (high - low)
         found: dict[str, Any] = {"height": 240 + _ROW * rows}
+        across, up = window_for(self.group)
         notes = []
         for position, surface in enumerate(self.group):
             row, column = divmod(position, columns)
@@ -163,8 +174,8 @@ class _Choice:
             found[_scene(position)] = {
                 "domain": {"x": x, "y": y}, "camera": _CAMERA, "aspectmode": "manual",
                 "aspectratio": {"x": 1, "y": 1, "z": 0.75},
-                "xaxis": {"title": {"text": "x"}, "range": _ends(surface.x), "nticks": 5},
-                "yaxis": {"title": {"text": "y"}, "range": _ends(surface.y), "nticks": 5},
+                "xaxis": {"title": {"text": "x"}, "range": across, "nticks": 5},
+                "yaxis": {"title": {"text": "y"}, "range": up, "nticks": 5},
                 "zaxis": height, "annotations": _labels(self, surface),
             }  # fmt: skip
             place = {"x": sum(x) / 2, "y": y[1], "xanchor": "center", "yanchor": "bottom"}
@@ -196,6 +207,30 @@ def _sheet(choice: _Choice, surface: Surface, position: int) -> "go.Surface":
         colorbar={**choice.axis, "title": {"text": "excess<br>loss"}, "x": 0.95, "xanchor": "left", "len": 0.8},
         contours={"z": {"show": True, "usecolormap": False, "color": "rgba(255,255,255,0.5)", "width": 1}},
     )  # fmt: skip
+
+
+def _alone(choice: _Choice, surface: Surface, position: int) -> list["go.Scatter3d"]:
+    """Finite losses among others that are not: the sheet fills only cells with four finite corners."""
+    import plotly.graph_objects as go
+
+    alone = surface.alone(4)
+    if not alone.any():
+        return []
+    x, y = np.meshgrid(surface.x, surface.y)
+    height = choice.height(surface.excess)[alone]
+    low, high = choice.ends
+    look = {"symbol": "square", "size": 4, "color": height, "colorscale": _COLOURS, "cmin": low, "cmax": high}
+    told = [
+        f"loss {loss:.5g}<br>excess {excess:.4g}"
+        for loss, excess in zip(surface.loss[alone], surface.excess[alone], strict=True)
+    ]
+    return [
+        go.Scatter3d(
+            x=x[alone], y=y[alone], z=height, mode="markers", marker=look, hovertext=told, scene=_scene(position),
+            hovertemplate="<b>%{meta}</b><br>x = %{x:.4g}, y = %{y:.4g}<br>%{hovertext}<extra></extra>",
+            meta=_safe(surface.method), name=_safe(surface.method),
+        )
+    ]  # fmt: skip
 
 
 def _marks(choice: _Choice, surface: Surface, position: int) -> list["go.Scatter3d"]:
@@ -250,10 +285,6 @@ def _axes(group: Sequence[Surface]) -> list[str]:
 
 def _scene(position: int) -> str:
     return f"scene{position + 1}" if position else "scene"
-
-
-def _ends(at: np.ndarray) -> list[float]:
-    return [float(at[0]), float(at[-1])]
 
 
 def _note(text: str, **place: Any) -> Mapping[str, Any]:

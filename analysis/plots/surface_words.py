@@ -21,7 +21,7 @@ def surface_caption(groups: Sequence[Sequence[Surface]], *, relief: bool = False
         *_references(every),
         *_seeds(every),
         _evaluated(every),
-        *_windows(groups),
+        *_windows(groups, "beyond the edge of" if relief else "in the blank beside"),
         *_marks(every, "at the height of" if relief else "filled with"),
         *_not_finite(every, "Gaps" if relief else "Hatched, crosses"),
     ]
@@ -60,9 +60,9 @@ def _evaluated(every: Sequence[Surface]) -> str:
     return words
 
 
-def _windows(groups: Sequence[Sequence[Surface]]) -> Iterable[str]:
+def _windows(groups: Sequence[Sequence[Surface]], beyond: str) -> Iterable[str]:
     if any(len({(s.x[0], s.x[-1], s.y[0], s.y[-1]) for s in group}) > 1 for group in groups):
-        yield "Panels span different windows: mind the axes."
+        yield f"All methods of a space share the axes; {beyond} a method's window nothing was sampled."
 
 
 def _marks(every: Sequence[Surface], shown: str) -> Iterable[str]:

@@ -12,16 +12,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from analysis.plots import canvas
-from analysis.plots.style import PAGE, MethodStyle, in_space_order, styles_for
+from analysis.plots.style import MethodStyle, in_space_order, styles_for
 from analysis.statistics import summarize
 
 ONE_STEP = "_one step"
-"""Label of the dotted lines."""
+"""Label of the dashes."""
 
 _SEARCHES = {"loss_rise_pga": "^", "loss_rise_apgd": "v"}
 _QUANTITIES = ["loss_rise", *_SEARCHES, "loss_rise_one_step"]
 _LONE = 5.0  # radii wider apart than this factor are drawn on a logarithmic axis
-_DECADES = 20.0
 
 
 def worst_case_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
@@ -60,67 +59,76 @@ def worst_case_curves(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
     table = worst_case_table(frame, confidence)
     spaces, kinds = in_space_order(table["space"]), canvas.variants(table, ["kind", "split"])
     deep = [2 if _progress(table, kind, split) else 1 for kind, split in kinds]
-    figure, grid = canvas.panels(sum(deep), len(spaces), PAGE, 1.0 + 2.0 * sum(deep))
+    width = canvas.width_for(spaces)
+    figure, grid = canvas.panels(sum(deep), len(spaces), width, 1.0 + 2.0 * sum(deep), sharey="row")
     lines, lost, reaches_zero = iter(grid), 0, False
     for (kind, split), panels in zip(kinds, deep, strict=True):
         of_kind = table[(table["kind"] == kind) & (table["split"] == split)]
         line = next(lines)
         bounds = of_kind[of_kind["quantity"] == "loss_rise"]
-        logarithmic = _spans(bounds["mean"], _DECADES)
+        logarithmic = canvas.spans(bounds["mean"], canvas.DECADES)
+        low, high = canvas.spread_limits(bounds)
+        if logarithmic:
+            drawn = of_kind.loc[of_kind["quantity"].isin(_QUANTITIES) & (of_kind["mean"] > 0), "mean"]
+            low, high = float(drawn.min()) / 2, 2 * float(bounds["mean"].max())
+            reaches_zero |= bool((bounds["low"] <= 0).any())
         for space, axes in zip(spaces, line, strict=True):
             panel = of_kind[of_kind["space"] == space]
             axes.set_title(canvas.space_title(space))
             if panel.empty:
                 axes.set_axis_off()
                 continue
-            _draw_bounds(axes, panel, styles)
-            _at_radii(axes, panel["radius"].dropna())
+            wide = canvas.spans(panel["radius"], _LONE)
+            _draw_bounds(axes, panel, styles, wide)
+            _at_radii(axes, panel["radius"].dropna(), wide)
             here = panel[panel["quantity"] == "loss_rise"]
-            low, high = canvas.spread_limits(here)
             if logarithmic:
                 axes.set_yscale("log")
-                drawn = panel.loc[panel["quantity"].isin(_QUANTITIES) & (panel["mean"] > 0), "mean"]
-                low, high = float(drawn.min()) / 2, 2 * float(here["mean"].max())
-                reaches_zero |= bool((here["low"] <= 0).any())
             axes.set_ylim(low, high)
-            axes.set_xlabel(_radius(space, kind))
+            axes.set_xlabel(canvas.radius_label(space, kind))
             lost += canvas.mark_non_finite(axes, here, styles, "radius")
         line[0].set_ylabel("worst loss rise, lower bound\n(" + ", ".join(word for word in (kind, split) if word) + ")")
         if panels == 2:
             _draw_progress(next(lines), of_kind, spaces, styles)
-    canvas.legend(figure, [*canvas.line_handles(styles, table["method"], markers=False), *_kinds_of_line()], PAGE)
+    canvas.legend(figure, [*canvas.line_handles(styles, table["method"], markers=False), *_kinds_of_line()], width)
     words = "Line: mean over seeds of the larger of two searches, a lower bound of the worst case. "
-    words += canvas.interval_words(bounds, "whiskers", confidence)
+    words += canvas.interval_words(table[table["quantity"] == "loss_rise"], "whiskers", confidence)
+    words += " Points of one radius are set side by side."
     words += " Whiskers that meet the lower edge reach 0 or below." if reaches_zero else ""
     if max(deep) == 2:
         words += " Lower panels: best rise by the step of the search over the last, at the largest radius; a curve that"
         words += " still climbs at its end has not converged."
     words += " Radii of the two spaces are not comparable." if len(spaces) > 1 else ""
-    canvas.caption(figure, words + canvas.non_finite_words(lost), PAGE)
+    canvas.caption(figure, words + canvas.non_finite_words(lost), width)
     return figure
 
 
-def _draw_bounds(axes: Axes, panel: pd.DataFrame, styles: dict[str, MethodStyle]) -> None:
-    for method, look in styles.items():
-        by = dict(iter(panel[panel["method"] == method].groupby("quantity")))
+def _draw_bounds(axes: Axes, panel: pd.DataFrame, styles: dict[str, MethodStyle], wide: bool) -> None:
+    for position, (method, look) in enumerate(styles.items()):
+        mine = panel[panel["method"] == method]
+        by = {
+            name: found.assign(at=canvas.dodged(found["radius"], position - (len(styles) - 1) / 2, wide))
+            for name, found in mine.groupby("quantity")
+        }
         if "loss_rise" not in by:
             continue
         bound = by["loss_rise"]
         whiskers = np.stack([bound["mean"] - bound["low"], bound["high"] - bound["mean"]])
-        bars = axes.errorbar(bound["radius"], bound["mean"], whiskers, elinewidth=0.8, color=look.colour)
+        bars = axes.errorbar(bound["at"], bound["mean"], whiskers, elinewidth=0.8, color=look.colour)
         bars.lines[0].set(linestyle=look.line)
         for quantity, marker in _SEARCHES.items():
             if quantity in by:
-                (found,) = axes.plot(by[quantity]["radius"], by[quantity]["mean"], linestyle="none", marker=marker)
+                (found,) = axes.plot(by[quantity]["at"], by[quantity]["mean"], linestyle="none", marker=marker)
                 found.set(color=look.colour, markersize=4, markerfacecolor="white", markeredgewidth=0.8, zorder=3)
         if "loss_rise_one_step" in by:
             step = by["loss_rise_one_step"]
-            axes.plot(step["radius"], step["mean"], color=look.colour, linestyle=":", linewidth=0.9, label=ONE_STEP)
+            (ticks,) = axes.plot(step["at"], step["mean"], linestyle="none", marker="_", label=ONE_STEP)
+            ticks.set(color=look.colour, markersize=7, markeredgewidth=1.4)
 
 
-def _at_radii(axes: Axes, radii: pd.Series) -> None:
+def _at_radii(axes: Axes, radii: pd.Series, wide: bool) -> None:
     """Plain numbers, at the measured radii where those are few and far apart."""
-    if not _spans(radii, _LONE):
+    if not wide:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         return
     axes.set_xscale("log")
@@ -161,19 +169,7 @@ def _kinds_of_line() -> list[Line2D]:
         )
         for q, marker in _SEARCHES.items()
     ]
-    return [Line2D([], [], color="0.3", linestyle=":", linewidth=0.9, label="one step"), *searches]
-
-
-def _spans(values: pd.Series, factor: float) -> bool:
-    finite = values[np.isfinite(values)]
-    return bool(len(finite) and finite.min() > 0 and finite.max() / finite.min() > factor)
-
-
-def _radius(space: str, kind: str) -> str:
-    if kind != "isotropic":
-        return rf"radius $\rho=\Vert\delta\Vert$, relative to {'|w|' if kind == 'elementwise' else 'row norms'}"
-    return (
-        r"radius $\rho=\Vert(\varepsilon_A,\varepsilon_B)\Vert$"
-        if "lora" in space
-        else r"radius $\rho=\Vert\varepsilon_W\Vert$"
+    step = Line2D(
+        [], [], color="0.3", linestyle="none", marker="_", markersize=7, markeredgewidth=1.4, label="one step"
     )
+    return [step, *searches]

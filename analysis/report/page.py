@@ -158,6 +158,7 @@ def _sections(
                 "adversarial_induced",
                 "adversarial_accuracy",
                 "worst_case",
+                "m_sharpness",
             ),
         ),
         Section(

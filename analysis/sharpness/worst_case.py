@@ -50,6 +50,7 @@ class WorstCasePoint:
     metrics: Mapping[str, float]  # loss, accuracy, matthews at the worst point
     induced_norm: float  # realised ‖eps_W‖ of the worst point
     curve: npt.NDArray[np.float64]  # (steps+1,): best rise after each step of the winning search and start
+    by_start: npt.NDArray[np.float64]  # (restarts,): rise by the better search from each start; near equal if settled
     note: str  # why the winning search ended early, or empty
 
     @property
@@ -84,8 +85,8 @@ class WorstCase:
 
         ``loss_rise_pga``, ``loss_rise_apgd`` and ``loss_rise_one_step`` are the single searches; ``accuracy`` and, of
         classes, ``matthews`` are those at the worst point, and at radius 0 those of the weights; ``best_rise`` is the
-        curve of the winning search (``index`` = step) and ``late_gain`` the share of its last quarter; ``steps`` and
-        ``restarts`` have no radius.
+        curve of the winning search (``index`` = step), ``late_gain`` the share of its last quarter and ``start_rise``
+        what each start led to (``index`` = its number); ``steps`` and ``restarts`` have no radius.
         """
         where = {"space": self.space, "split": self.split, "kind": self.kind, "direction_seed": self.seed}
         effort = (("steps", self.steps), ("restarts", self.restarts))
@@ -99,6 +100,7 @@ class WorstCase:
                 rows.append(row("worst_case", f"loss_rise_{name}", value, **at))
             rows += _metrics_rows(p.metrics, **realised)
             rows += [row("worst_case", "best_rise", float(rise), index=k, **at) for k, rise in enumerate(p.curve)]
+            rows += [row("worst_case", "start_rise", float(rise), index=k, **at) for k, rise in enumerate(p.by_start)]
             rows.append(row("worst_case", "late_gain", p.late_gain, **at))
         return rows
 
@@ -171,6 +173,7 @@ def worst_case_sharpness(
                 metrics=metrics,
                 induced_norm=ball.induced_norm(winner.best.delta),
                 curve=winner.curve - middle.loss,
+                by_start=np.array(found.by_start) - middle.loss,
                 note=winner.note,
             )
         )

@@ -38,10 +38,11 @@ def plot(
         typer.Option("--figure", metavar="NAME", help="One figure. Repeatable.", show_default="all that have rows"),
     ] = None,
 ) -> None:
-    """Draw every figure whose rows are there: PNG, PDF, SVG, CSV and JSON; surfaces also as HTML and VTK."""
+    """Draw every figure whose rows are there: PNG, PDF, SVG, its data and a JSON; surfaces also as HTML and VTK."""
     silence_libraries()
     from analysis.plots import draw_all
     from analysis.plots.save import frame_hash
+    from analysis.study.origin import origins
 
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: name a folder")
@@ -53,6 +54,7 @@ def plot(
         "command": " ".join(["bilora plot", *(path.name for path in data)]),
         "rows": len(frame),
         "rows_sha256": frame_hash(frame),
+        "data": origins(_files(data)),
     }
     for path in draw_all(frame, output, made_by, only=figure or None):
         typer.echo(path)
@@ -70,7 +72,7 @@ def read_rows(data: list[Path]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    files = [path / "results.parquet" if path.is_dir() else path for path in data]
+    files = _files(data)
     frames = [_read(file) for file in files]
     names = _names([file for file, frame in zip(files, frames, strict=True) if "method" not in frame])
     parts = [
@@ -80,6 +82,11 @@ def read_rows(data: list[Path]) -> "pd.DataFrame":
     every = pd.concat([part if "study" in part else part.assign(study="") for part in parts], ignore_index=True)
     _check_once(every)
     return every
+
+
+def _files(data: list[Path]) -> list[Path]:
+    """The tables, with that of a study for its folder."""
+    return [path / "results.parquet" if path.is_dir() else path for path in data]
 
 
 def _read(file: Path) -> "pd.DataFrame":

@@ -7,6 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.study.files import write_measured
+from analysis.study.origin import origins
+from analysis.study.store import file_digest
 from bilora.cli.app import main
 from bilora.cli.plot import read_rows
 from bilora.errors import UserError
@@ -49,7 +52,7 @@ def test_a_study_is_redrawn_from_its_folder(frame, here, capsys):
     frame.to_parquet(here / "study" / "results.parquet", index=False)
     assert main(["plot", "study", "-o", "out", "--figure", "eigenvalues"]) == 0
     printed = capsys.readouterr().out.split()
-    assert printed == [f"out/eigenvalues.{kind}" for kind in ("png", "pdf", "svg", "csv", "json")]
+    assert printed == [f"out/eigenvalues.{kind}" for kind in ("png", "pdf", "svg", "csv", "parquet", "json")]
     assert all(Path(path).is_file() for path in printed)
     assert {path.name for path in here.joinpath("out").iterdir()} == {Path(path).name for path in printed}
     made_by = json.loads((here / "out" / "eigenvalues.json").read_text())
@@ -57,6 +60,32 @@ def test_a_study_is_redrawn_from_its_folder(frame, here, capsys):
     assert made_by["study"] == ["invented"]
     assert made_by["rows"] == len(frame)
     assert str(here) not in (here / "out" / "eigenvalues.json").read_text()
+
+
+def test_a_figure_knows_what_its_rows_were_measured_from(frame, here):
+    digests = {"subject": "a" * 64, "measures": [{"settings": {"seed": 7}}], "versions": {"torch": "1"}}
+    own = frame[(frame["method"] == "LoRA") & (frame["seed"] == 0)].drop(columns=STUDY_COLUMNS)
+    write_measured(here / "one.parquet", own, digests, [("LoRA", 0)])
+    measured(frame, "Bi-LoRA", here / "two.parquet")
+    (here / "two.json").write_text(json.dumps({"determinants": "of another table", "sha256": "b" * 64}))
+    assert main(["plot", "one.parquet", "two.parquet", "-o", "out", "--figure", "eigenvalues"]) == 0
+    one, two = json.loads((here / "out" / "eigenvalues.json").read_text())["data"]
+    assert (one["file"], one["sha256"]) == ("one.parquet", file_digest(here / "one.parquet"))
+    assert one["determinants"] == digests
+    assert two == {"file": "two.parquet", "sha256": file_digest(here / "two.parquet")}
+
+
+def test_a_figure_of_a_study_names_its_cells(frame, here):
+    (here / "study").mkdir()
+    frame.to_parquet(here / "study" / "results.parquet", index=False)
+    known = {"command": "bilora compare s.yaml", "seeds": [0, 1], "presentation_code": "x"}
+    known |= {"cells": {"train-1": {"label": "LoRA, seed 0", "address": "c0ffee", "seconds": 1.0}}}
+    digest = file_digest(here / "study" / "results.parquet")
+    for outputs, expected in (({"results.parquet": digest}, {"LoRA, seed 0": "c0ffee"}), ({}, None)):
+        (here / "study" / "provenance.json").write_text(json.dumps({**known, "outputs": outputs}))
+        (found,) = origins([here / "study" / "results.parquet"])
+        assert found.get("cells") == expected
+        assert "presentation_code" not in found
 
 
 def test_measured_files_are_drawn_together_under_their_names(frame, here, capsys):

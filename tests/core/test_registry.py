@@ -11,7 +11,9 @@ def test_quality_is_loss_and_accuracy_in_any_space():
     found = quality(objective, WeightSpace.full(model))
     assert quality(objective, WeightSpace.lora(model)).loss == pytest.approx(found.loss, rel=1e-12)
     rows = MEASURES["quality"].run(objective, WeightSpace.full(model), MEASURES["quality"].settings(), None).rows()
-    assert [(r["quantity"], r["value"]) for r in rows] == [("loss", found.loss), ("accuracy", found.accuracy)]
+    values = {"loss": found.loss, "accuracy": found.accuracy, "matthews": found.matthews}
+    assert {r["quantity"]: r["value"] for r in rows} == values
+    assert values == objective.evaluate(WeightSpace.full(model))
     assert all(tuple(r) == COLUMNS and (r["space"], r["split"]) == ("", "train") for r in rows)
 
 

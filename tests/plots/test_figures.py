@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy import stats
 
 from analysis.plots import (
     FIGURES,
@@ -22,6 +23,9 @@ from analysis.plots import (
 )
 from analysis.plots.canvas import NON_FINITE
 from analysis.plots.eigenvalues import UNCONVERGED, eigenvalue_table
+from analysis.plots.perturbation import perturbation_table
+from analysis.plots.save import describe
+from analysis.plots.spread import DIRECTIONS
 from analysis.plots.style import styles_for
 from bilora.errors import UserError
 from tests.plausible_rows import METHODS, plausible_rows
@@ -43,7 +47,7 @@ def legend_labels(figure: Figure) -> list[str]:
 def test_every_figure_is_saved_with_its_data_and_what_made_it(frame, tmp_path):
     paths = draw_all(frame, tmp_path / "figures", {"study": "invented"})
     assert {p.name for p in paths} == {p.name for p in (tmp_path / "figures").iterdir()}
-    assert len(paths) == 5 * len(FIGURES) + len(FILES)
+    assert len(paths) == 6 * len(FIGURES) + len(FILES) + 3
     for family in FIGURES:
         stem = tmp_path / "figures" / family.name
         assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -53,10 +57,22 @@ def test_every_figure_is_saved_with_its_data_and_what_made_it(frame, tmp_path):
         data = pd.read_csv(stem.with_suffix(".csv"))
         made_by = json.loads(stem.with_suffix(".json").read_text())
         assert made_by["study"] == "invented"
-        assert made_by["gauge"] == "as trained"
+        spaces = data["space"].unique() if "space" in data else []
+        assert made_by["gauge"] == {space: "as trained" if space == "lora" else "none" for space in spaces}
+        kept = pd.read_parquet(stem.with_suffix(".parquet"))
+        pd.testing.assert_frame_equal(kept, family.table(frame).reset_index(drop=True), check_dtype=False)
         assert made_by["csv_sha256"] == hashlib.sha256(stem.with_suffix(".csv").read_bytes()).hexdigest()
         assert made_by["methods"] == sorted(data["method"].unique())
         assert {"python", "matplotlib", "pandas"} <= set(made_by["versions"])
+
+
+def test_the_gauge_is_that_of_each_space(frame):
+    rows = frame.query("measure == 'random'")
+    balanced = rows[rows["space"] == "lora"].assign(space="lora_balanced")
+    assert describe(pd.concat([rows, balanced]))["gauge"] == {
+        "full": "none", "lora": "as trained", "lora_balanced": "balanced by the SVD of B·A"
+    }  # fmt: skip
+    assert describe(frame.query("measure == 'quality'"))["gauge"] == {}
 
 
 def test_drawing_the_same_rows_again_changes_no_byte(frame, tmp_path):
@@ -109,14 +125,46 @@ def test_landscape_draws_the_mean_and_the_band_of_the_summary(frame):
     np.testing.assert_allclose(line.get_ydata(), (by_seed - by_seed[10]).mean(axis=1), atol=1e-12)
     absolute = landscape_lines(frame, rise=False).axes[1].lines[list(styles_for(METHODS)).index("Bi-LoRA")]
     np.testing.assert_allclose(absolute.get_ydata(), by_seed.mean(axis=1))
-    assert "95 % t-interval over 3 training seeds" in words(figure)
+    assert "95 % t-interval of the mean over 3 training seeds" in words(figure)
     assert "5 random directions" in words(figure)
 
 
-def test_one_seed_is_said_and_needs_no_band():
-    figure = landscape_lines(plausible_rows(seeds=1))
-    assert "One seed" in words(figure)
-    assert "t-interval" not in words(figure)
+def test_one_seed_has_the_band_of_its_directions():
+    rows = plausible_rows(methods=["LoRA"], seeds=1, directions=4).query("measure == 'landscape' and space == 'full'")
+    figure = landscape_lines(rows)
+    by_line = rows.pivot(index="radius", columns="index", values="value").to_numpy()
+    rise = by_line - by_line[10]
+    half = stats.t.ppf(0.975, 3) * stats.sem(rise, axis=1)
+    (band,) = figure.axes[0].collections
+    corners = band.get_paths()[0].vertices
+    for alpha, mean, reach in zip(sorted(rows["radius"].unique()), rise.mean(axis=1), half, strict=True):
+        heights = corners[np.isclose(corners[:, 0], alpha), 1]
+        np.testing.assert_allclose([heights.min(), heights.max()], [mean - reach, mean + reach], atol=1e-12)
+    assert "Line: mean over 4 random directions." in words(figure)
+    assert "95 % t-interval of the mean over 4 random directions of one training seed" in words(figure)
+    noise = perturbation_curves(plausible_rows(methods=["LoRA"], seeds=1, directions=4))
+    assert "Whiskers: 95 % t-interval of the mean over 4 random directions" in words(noise)
+
+
+def test_a_band_over_directions_leaves_out_what_is_not_finite_and_a_lone_direction_has_none():
+    rows = plausible_rows(methods=["LoRA"], seeds=1, directions=3).query("measure == 'random' and space == 'full'")
+    rises = rows.query("quantity == 'loss_rise' and kind == 'filter' and radius == 0.5")["value"]
+    broken = rows.copy()
+    broken.loc[rises.index[0], "value"] = np.inf
+    table = perturbation_table(broken).query("kind == 'filter' and radius == 0.5")
+    assert table["half_width"].item() == pytest.approx(stats.t.ppf(0.975, 1) * stats.sem(rises.iloc[1:]))
+    assert table["over"].item() == DIRECTIONS
+    alone = perturbation_table(rows[rows["index"] < 1])
+    assert alone["half_width"].isna().all()
+    assert set(alone["over"]) == {""}
+    assert "One seed: no whiskers" in words(perturbation_curves(rows[rows["index"] < 1]))
+
+
+def test_bands_over_seeds_and_over_directions_are_both_explained(frame):
+    some = frame[(frame["method"] != "LoRA") | (frame["seed"] == 0)]
+    said = words(landscape_lines(some))
+    assert "over 3 training seeds (few: intervals are wide), or 95 % t-interval" in said
+    assert "over 5 random directions of one training seed, which says nothing of other seeds" in said
 
 
 def test_a_loss_that_is_not_finite_is_marked_at_the_top_edge(frame):
@@ -232,15 +280,3 @@ def test_an_interrupted_save_leaves_the_old_file(frame, tmp_path, monkeypatch):
         draw_all(only.iloc[:200], tmp_path, {})
     assert (tmp_path / "landscape.png").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
-
-
-def test_a_method_keeps_its_look_whatever_its_spelling_and_company():
-    assert styles_for(["bilora"])["bilora"] == styles_for(METHODS)["Bi-LoRA"]
-    assert styles_for(["flat_lora", "lora"])["flat_lora"] == styles_for(METHODS)["Flat-LoRA"]
-    assert list(styles_for(["zeta", "Bi-LoRA", "alpha", "LoRA"])) == ["LoRA", "Bi-LoRA", "alpha", "zeta"]
-
-
-def test_labels_of_one_study_are_told_apart():
-    styles = styles_for([*METHODS, "bilora", "Dual-LoRA", "Bi-LoRA, no clipping"])
-    assert len({(s.colour, s.marker) for s in styles.values()}) == len(styles)
-    assert styles == styles_for(reversed([*METHODS, "bilora", "Dual-LoRA", "Bi-LoRA, no clipping"]))

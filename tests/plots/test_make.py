@@ -19,7 +19,7 @@ def test_the_figures_are_redrawn_from_the_rows_alone(tmp_path):
     rows[rows["measure"].isin(["landscape", "spectrum"])].to_parquet(tmp_path / "results.parquet")
     done = run(str(tmp_path / "results.parquet"), "--folder", str(tmp_path / "figures"))
     assert done.returncode == 0, done.stderr
-    names = {f"{name}.{kind}" for name in ("landscape", "eigenvalues") for kind in ("png", "csv", "json")}
+    names = {f"{name}.{kind}" for name in ("landscape", "eigenvalues") for kind in ("png", "csv", "parquet", "json")}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == names | {"table.md"}
     assert "| LoRA | Bi-LoRA |" in (tmp_path / "figures" / "table.md").read_text()
     assert all(path.stat().st_size < 200_000 for path in (tmp_path / "figures").glob("*.png"))

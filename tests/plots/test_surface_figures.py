@@ -14,7 +14,7 @@ from analysis.plots.canvas import NON_FINITE, NothingToDraw
 from analysis.plots.connectivity import BARRIER, connectivity_table
 from analysis.plots.mark_labels import PLACED
 from analysis.plots.style import COLUMN, PAGE
-from analysis.plots.surface import MARKS, NOT_FINITE
+from analysis.plots.surface import ALONE, FILL, MARKS, NOT_FINITE, NOT_SAMPLED, OPEN
 from analysis.plots.surface_data import Scale, scale_for, surface_table, surfaces
 from analysis.plots.worst_case import ONE_STEP, worst_case_table
 from bilora.errors import UserError
@@ -103,7 +103,7 @@ def test_methods_of_a_space_share_their_scale_and_panels_show_the_rows(frame):
     excess = surface_table(frame, "filter", "full")["excess"]
     assert scale_for(groups[0]).high == pytest.approx(excess.max())
     for axes, surface in zip(panels, groups[0], strict=True):
-        fill = axes.collections[1]
+        fill = next(c for c in axes.collections if c.get_label() == FILL)
         assert fill.get_clim() == (low, high)
         loss = frame.query("measure == 'surface' and quantity == 'loss' and kind == 'filter' and space == 'full'")
         one = loss[(loss["method"] == surface.method) & (loss["seed"] == 0)]
@@ -128,10 +128,79 @@ def test_contour_lines_lie_where_the_loss_has_their_value():
 def test_a_saddle_keeps_its_sign():
     figure = surface_contours(pd.DataFrame(surface_rows(lambda x, y: 1 + x**2 - y**2, tuple(np.linspace(-1, 1, 21)))))
     (axes,) = panels_of(figure)
-    low, high = axes.collections[1].get_clim()
+    low, high = next(c for c in axes.collections if c.get_label() == FILL).get_clim()
     assert low == pytest.approx(-high)
+
+
+def picture_of(figure: Figure, dpi: int = 100) -> np.ndarray:
+    figure.set_layout_engine("none")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    return mpl.image.imread(io.BytesIO(buffer.getvalue()))[..., :3]
+
+
+def colours_at(figure: Figure, axes, points) -> np.ndarray:
+    """RGB of the picture at ``points`` (data coordinates), (points, 3)."""
+    picture = picture_of(figure, dpi=300)
+    x, y = (axes.transData.transform(points) * 300 / figure.dpi).T
+    return picture[(picture.shape[0] - y).astype(int), x.astype(int)]
+
+
+def is_hatched(colours: np.ndarray) -> np.ndarray:
+    """Grey, which the scale is only halfway up."""
+    return np.ptp(colours, axis=1) < 0.04
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y: 1 + (x - 0.09) ** 2 + y**2,
+        lambda x, y: 1 + 1e-3 * ((x - 0.09) ** 2 + y**2),
+        lambda x, y: 1 + x**2 - 0.3 * y**2,
+        lambda x, y: 1 - x**2 - y**2,
+        lambda x, y: 1 + x,
+        lambda x, y: 1.0,
+        lambda x, y: 1 + np.float32(1e-7) * x,
+    ],
+    ids=["minimum beside the centre", "the same, flat", "saddle", "maximum", "slope", "constant", "rounding"],
+)
+def test_every_finite_loss_is_filled(loss):
+    at = np.linspace(-1, 1, 21)
+    figure = surface_contours(pd.DataFrame(surface_rows(loss, tuple(at))))
+    (axes,) = panels_of(figure)
+    low, high = next(c for c in axes.collections if c.get_label() == FILL).get_clim()
+    (group,) = surfaces(surface_table(pd.DataFrame(surface_rows(loss, tuple(at)))))
+    height = scale_for(group).height(group[0].excess)
+    assert low <= height.min()
+    assert height.max() <= high
+    for artist in [*axes.lines, *axes.texts, *(c for c in axes.collections if c.get_label() not in (FILL, OPEN))]:
+        artist.set_visible(False)
+    x, y = np.meshgrid(at[1:-1], at[1:-1])
+    drawn = colours_at(figure, axes, np.stack([x.ravel(), y.ravel()], axis=1))
+    expected = mpl.colormaps["cividis"](mpl.colors.Normalize(low, high)(height[1:-1, 1:-1].ravel()))[:, :3]
+    np.testing.assert_allclose(drawn, expected, atol=0.05)
+
+
+def test_rounding_changes_no_picture():
+    exact = surface_contours(pd.DataFrame(surface_rows(lambda x, y: 1 + x**2 + y**2)))
     noise = surface_contours(pd.DataFrame(surface_rows(lambda x, y: 1 + x**2 + y**2 - 1e-8 * (x == 0.5))))
-    assert panels_of(noise)[0].collections[1].get_clim()[0] == 0, "rounding is no negative excess"
+    assert np.abs(picture_of(exact) - picture_of(noise)).max() < 0.02
+    lines = [c for c in panels_of(noise)[0].collections if isinstance(c, mpl.contour.QuadContourSet) and not c.filled]
+    assert (lines[0].levels > 0).all(), "no line for a rise below 0"
+
+
+def test_a_finite_loss_among_others_that_are_not_is_seen():
+    alone = {(0.0, 0.0), (1.0, -1.0)}
+    rows = surface_rows(lambda x, y: 1 + x if (x, y) in alone else np.nan)
+    figure = surface_contours(pd.DataFrame(rows))
+    (axes,) = panels_of(figure)
+    (squares,) = [c for c in axes.collections if c.get_label() == ALONE]
+    assert {tuple(at) for at in squares.get_offsets()} == alone
+    squares_only = next(line for line in axes.lines if line.get_label() == NOT_FINITE)
+    assert not alone & set(zip(*squares_only.get_data(), strict=True))
+    corner = surface_rows(lambda x, y: np.nan if (x, y) == (-1, -1) else 1 + x**2)
+    (squares,) = [c for c in panels_of(surface_contours(pd.DataFrame(corner)))[0].collections if c.get_label() == ALONE]
+    assert not len(squares.get_offsets()), "the triangle of the other corners is filled"
 
 
 def test_losses_that_are_not_finite_stay_open_and_are_counted():
@@ -141,13 +210,7 @@ def test_losses_that_are_not_finite_stay_open_and_are_counted():
     (crosses,) = [line for line in axes.lines if line.get_label() == NOT_FINITE]
     assert {(x, y) for x, y in zip(*crosses.get_data(), strict=True)} == {(1, 1), (0.5, 1), (1, 0.5), (-1, -1)}
     assert "4 losses are not finite" in words(figure)
-    figure.set_layout_engine("none")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
-    picture = mpl.image.imread(io.BytesIO(buffer.getvalue()))
-    at = axes.transData.transform((0.97, 0.97)) * 100 / figure.dpi
-    red, green, blue, *_ = picture[int(picture.shape[0] - at[1]), int(at[0])]
-    assert max(red, green, blue) - min(red, green, blue) < 0.1, "grey hatching, not a colour of the scale"
+    assert is_hatched(colours_at(figure, axes, [(0.97, 0.97)])).all(), "grey, not a colour of the scale"
 
 
 def test_marks_lie_at_their_coordinates_with_their_labels(frame):
@@ -168,8 +231,9 @@ def test_a_path_is_drawn_in_order_with_the_variance_it_explains(frame):
     paths = [line for line in axes.lines if line.get_label() == "_path"]
     np.testing.assert_allclose(paths[0].get_xdata(), marks.sort_values("index")["radius"])
     said = " ".join(" ".join(t.get_text().split()) for t in figure.findobj(mpl.text.Text))
-    assert "86 % of variance" in said
-    assert "9 % of variance" in said
+    assert "86 % of the squared distance from the final weights" in said
+    assert "9 % of the squared distance from the final weights" in said
+    assert "variance" not in said, "it is taken about the final weights and not about the mean"
     adapters = panels_of(surface_contours(frame, "adapters"))[0]
     assert not [line for line in adapters.lines if line.get_label() == "_path"]
 
@@ -193,12 +257,24 @@ def test_one_panel_takes_a_column_and_several_a_page(frame):
     assert surface_contours(frame, "trajectory").get_figwidth() == PAGE
 
 
-def test_windows_of_different_size_are_said(frame):
-    rows = surface_rows(lambda x, y: x**2 + y**2)
-    rows += surface_rows(lambda x, y: x**2 + y**2, (-2.0, 0.0, 2.0), method="Bi-LoRA")
+def test_compared_panels_share_their_axes_and_what_was_not_sampled_stays_blank():
+    bowl = lambda x, y: np.inf if (x, y) == (1, 1) else x**2 + y**2  # noqa: E731
+    rows = surface_rows(bowl)
+    rows += surface_rows(bowl, (-2.0, -1.0, 0.0, 1.0, 2.0), method="Bi-LoRA")
     figure = surface_contours(pd.DataFrame(rows))
-    assert "different windows" in words(figure)
-    assert sorted(axes.get_xlim()[1] for axes in panels_of(figure)) == [1, 2]
+    small, wide = panels_of(figure)
+    assert small.get_xlim() == wide.get_xlim() == small.get_ylim() == wide.get_ylim() == (-2, 2)
+    figure.draw_without_rendering()
+    assert small.get_window_extent().width == pytest.approx(wide.get_window_extent().width)
+    assert [[t.get_text() for t in axes.texts if t.get_gid() == NOT_SAMPLED] for axes in (small, wide)] == [
+        ["not sampled"], []
+    ]  # fmt: skip
+    assert "in the blank beside a method's window nothing was sampled" in words(figure)
+    outside = colours_at(figure, small, [(-1.9, 1.9), (1.9, -1.9), (1.9, 0.3)])
+    np.testing.assert_allclose(outside, 1.0, err_msg="blank, not hatched")
+    hatched = colours_at(figure, small, [(0.9, 0.96)])
+    assert is_hatched(hatched).all()
+    assert (hatched < 0.99).all()
 
 
 def label_boxes(figure: Figure, axes):

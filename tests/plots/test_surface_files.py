@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import itertools
+import json
 import re
 
 import meshio
@@ -14,7 +15,7 @@ from analysis.plots import FIGURES, draw_all, interactive_surface, write_surface
 from analysis.plots.canvas import NothingToDraw
 from analysis.plots.surface_data import scale_for, surface_table, surfaces
 from bilora.errors import UserError
-from tests.plausible_rows import METHODS, plausible_rows
+from tests.plausible_rows import COLUMNS, METHODS, plausible_rows
 
 NASTY = "<b>x</b> & %{x} </script><script>alert('1')</script>"
 
@@ -82,6 +83,19 @@ def test_each_choice_shows_its_own_traces_in_scenes_that_exist(frame):
         assert all(np.isfinite(ranges[0]))
 
 
+def test_scenes_of_one_choice_share_their_axes():
+    wide = holed(set()).assign(method="Bi-LoRA")
+    wide[["radius", "y"]] *= 2
+    figure = interactive_surface(pd.concat([holed(set()), wide])).to_dict()
+    for button in figure["layout"]["updatemenus"][0]["buttons"]:
+        for scene in ("scene", "scene2"):
+            assert list(button["args"][1][scene]["xaxis"]["range"]) == [-2, 2]
+            assert list(button["args"][1][scene]["yaxis"]["range"]) == [-2, 2]
+    assert "beyond the edge of a method's window" in figure["layout"]["annotations"][-1]["text"].replace(
+        "<br>", " "
+    ).replace("&#x27;", "'")
+
+
 def test_marks_stand_at_the_height_of_their_true_loss(frame):
     figure = interactive_surface(frame, "trajectory")
     (group,) = surfaces(surface_table(frame, "trajectory"))
@@ -145,19 +159,63 @@ def test_the_mesh_holds_every_surface_at_its_height(broken, tmp_path):
     every = [(s, scale_for(group)) for group in surfaces(surface_table(broken)) for s in group]
     assert len(every) == 9 + 3 * 5
     for number, (surface, scale) in enumerate(every):
-        mine = data[surface.name] == 1
+        mine, finite = data[surface.name] == 1, np.isfinite(surface.loss)
         np.testing.assert_array_equal(mine, data["surface"] == number)
-        np.testing.assert_array_equal(data["finite"][mine], np.isfinite(surface.loss).reshape(-1))
-        finite = data["finite"][mine] == 1
-        np.testing.assert_allclose(data["loss"][mine][finite], surface.loss[np.isfinite(surface.loss)])
-        np.testing.assert_allclose(data["excess_loss"][mine][finite], surface.excess[np.isfinite(surface.loss)])
-        np.testing.assert_allclose(mesh.points[mine, 2], np.nan_to_num(scale.height(surface.excess)).reshape(-1))
+        np.testing.assert_allclose(data["loss"][mine], surface.loss[finite])
+        np.testing.assert_allclose(data["excess_loss"][mine], surface.excess[finite])
+        np.testing.assert_allclose(mesh.points[mine, 2], scale.height(surface.excess)[finite])
         x, y = np.meshgrid(surface.x, surface.y)
-        np.testing.assert_allclose(data["x"][mine], x.reshape(-1))
-        np.testing.assert_allclose(mesh.points[mine, 1], y.reshape(-1))
-    assert (data["finite"] == 0).sum() == 3
-    assert np.isnan(data["loss"][data["finite"] == 0]).all()
-    assert (mesh.points[data["finite"] == 0, 2] == 0).all()
+        np.testing.assert_allclose(data["x"][mine], x[finite])
+        np.testing.assert_allclose(mesh.points[mine, 1], y[finite])
+    assert len(mesh.points) == sum(s.loss.size for s, _ in every) - 3
+
+
+def holed(lost, points=5) -> pd.DataFrame:
+    """A bowl on ``points``² points of which those in ``lost`` (row, column) are not finite."""
+    at = np.linspace(-1, 1, points)
+    fixed = {**COLUMNS, "method": "LoRA", "measure": "surface", "space": "full", "kind": "filter", "quantity": "loss"}
+    return pd.DataFrame([
+        {**fixed, "radius": x, "y": y, "index": n, "value": np.inf if divmod(n, points) in lost else 1 + x**2 + y**2}
+        for n, (y, x) in enumerate((y, x) for y in at for x in at)
+    ])  # fmt: skip
+
+
+def test_a_point_that_is_not_finite_is_a_hole_in_the_mesh_and_no_point_of_it(tmp_path):
+    mesh = meshio.read(write_surface_vtk(holed({(2, 3), (6, 6)}, points=7), tmp_path / "s.vtu"))
+    assert np.isfinite(mesh.points).all()
+    assert len(mesh.points) == 49 - 2
+    assert [cells.type for cells in mesh.cells] == ["quad"]
+    corners = {tuple(map(tuple, corners)) for corners in mesh.points[mesh.cells[0].data][..., :2] - (1, 0)}
+    assert len(corners) == 36 - 4 - 1, "the four cells around the one and the cell at the corner"
+    assert not any((x, y) in {(0.0, np.linspace(-1, 1, 7)[2]), (1.0, 1.0)} for cell in corners for x, y in cell)
+    np.testing.assert_allclose(mesh.point_data["loss"], 1 + (mesh.point_data["x"] ** 2 + mesh.points[:, 1] ** 2))
+
+
+def test_a_finite_point_among_others_that_are_not_stays_seen(tmp_path):
+    lost = set(itertools.product(range(5), range(5))) - {(2, 2), (0, 4)}
+    mesh = meshio.read(write_surface_vtk(holed(lost), tmp_path / "s.vtu"))
+    assert [(cells.type, len(cells.data)) for cells in mesh.cells] == [("vertex", 2)]
+    squares = [
+        t for t in interactive_surface(holed(lost)).to_dict()["data"] if t.get("marker", {}).get("symbol") == "square"
+    ]
+    assert len(squares) == 2, "one of each height"
+    assert set(zip(array(squares[0]["x"]), array(squares[0]["y"]), strict=True)) == {(0, 0), (1, -1)}
+    with pytest.raises(NothingToDraw, match="no loss is finite"):
+        write_surface_vtk(holed(lost | {(2, 2), (0, 4)}), tmp_path / "none.vtu")
+    assert not (tmp_path / "none.vtu").exists()
+
+
+def test_every_finite_loss_lies_within_the_height_of_its_scene():
+    rows = holed(set(), points=21)
+    rows["value"] = 1 + (rows["radius"] - 0.09) ** 2 + rows["y"] ** 2
+    figure = interactive_surface(rows)
+    buttons = figure.to_dict()["layout"]["updatemenus"][0]["buttons"]
+    for sheet, button in zip(sheets(figure), buttons, strict=True):
+        low, high = button["args"][1]["scene"]["zaxis"]["range"]
+        height = array(sheet["z"])
+        assert np.isfinite(height).all()
+        assert low < height.min() < height.max() < high
+        assert sheet["cmin"] == pytest.approx(height.min(), abs=1e-6)
 
 
 def test_cells_tile_each_window_and_surfaces_do_not_touch(frame, tmp_path):
@@ -183,11 +241,17 @@ def test_another_suffix_is_refused(frame, tmp_path):
 def test_files_are_written_where_surfaces_were_measured_and_only_there(frame, tmp_path):
     some = frame[frame["kind"].isin(["adapters", ""])]
     written = [draw_all(some, tmp_path / name, {}) for name in ("a", "b")]
-    assert [path.name for path in written[0]][-2:] == ["surface.html", "surface.vtu"]
+    assert [path.name for path in written[0]][-5:] == [
+        f"surface.{kind}" for kind in ("html", "vtu", "csv", "parquet", "json")
+    ]
     for one, other in zip(*written, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
     only = draw_all(some, tmp_path / "c", {}, only=["surface.vtu"])
-    assert [path.name for path in only] == ["surface.vtu"]
+    assert [path.name for path in only] == [f"surface.{kind}" for kind in ("vtu", "csv", "parquet", "json")]
+    made_by = json.loads((tmp_path / "c" / "surface.json").read_text())
+    assert made_by["files"] == ["surface.vtu"]
+    assert made_by["gauge"] == {"full": "none"}
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "c" / "surface.parquet"), surface_table(some))
     with pytest.raises(NothingToDraw, match="no surface to draw"):
         draw_all(some[some["measure"] == "quality"], tmp_path / "d", {}, only=["surface.html"])
     with pytest.raises(NothingToDraw, match="no loss_rise rows"):

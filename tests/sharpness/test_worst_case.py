@@ -544,6 +544,9 @@ def test_rows_hold_the_bound_and_what_it_rests_on():
     assert column("loss_rise_pga") == [(p.radius, p.pga) for p in result.points]
     assert column("loss_rise_apgd") == [(p.radius, p.apgd) for p in result.points]
     assert column("loss_rise_one_step") == [(p.radius, p.one_step) for p in result.points]
+    starts = [(r["radius"], r["index"], r["value"]) for r in rows if r["quantity"] == "start_rise"]
+    assert starts == [(p.radius, k, rise) for p in result.points for k, rise in enumerate(p.by_start)]
+    assert len(starts) == 4
     assert column("late_gain") == [(p.radius, p.late_gain) for p in result.points]
     for name in ("accuracy", "matthews"):
         assert column(name) == [
@@ -557,6 +560,19 @@ def test_rows_hold_the_bound_and_what_it_rests_on():
     assert errors == [p.standard_error for p in result.points]
     norms = [r["induced_norm"] for r in rows if r["quantity"] == "loss_rise"]
     assert norms == [p.induced_norm for p in result.points]
+
+
+def test_every_start_tells_what_it_led_to():
+    """The best of them is the bound, the first is a run with one start, and on a ball without traps they agree."""
+    space, objective = WeightSpace.full(with_lora(tiny_bert())), bert_objective()
+    one, many = (worst_case_sharpness(objective, space, [0.3], steps=3, restarts=r, seed=5).points[0] for r in (1, 3))
+    assert many.by_start.shape == (3,)
+    assert max(many.by_start) == many.lower_bound
+    assert one.by_start.tolist() == [many.by_start[0]] == [one.lower_bound]
+    assert len(set(many.by_start)) == 3
+    quadratic, _ = quadratic_objective()
+    settled = worst_case_sharpness(quadratic, WeightSpace.all(Quadratic(definite=True)), [0.5], steps=80, restarts=3)
+    assert settled.points[0].by_start == pytest.approx([settled.points[0].lower_bound] * 3, rel=1e-6)
 
 
 def test_the_error_of_the_bound_is_over_examples_at_the_worst_point():
