@@ -103,7 +103,7 @@ class Surface:
     error: Array  # (rows, columns), estimated of an interpolated loss; NaN where it was evaluated
     marks: pd.DataFrame  # label, x, y, value (true loss), excess, off_plane; in the order of a path
     labels: tuple[str, str]  # of the axes
-    explained: tuple[float, float] | None  # share of Σ‖w_t − w_T‖² of the marks along each axis
+    explained: tuple[float, float] | None  # share of the marks' variance along each axis
     worth: dict[str, float]  # evaluated, interpolation_error, precision_error, cosine; absent where not measured
     centre: float  # loss that the excess is over
     reference: str  # which loss that is, where not the one at the centre
@@ -228,7 +228,7 @@ def axis_label(surface: Surface, axis: int) -> str:
     if surface.explained is None:
         return surface.labels[axis]
     share = f"{100 * surface.explained[axis]:.3g}\u00a0%"
-    return f"{surface.labels[axis]} ({share} of the squared distance from the final weights)"
+    return f"{surface.labels[axis]} ({share} of the checkpoints' variance)"
 
 
 def _is_power_of_ten(value: float) -> bool:
