@@ -50,10 +50,11 @@ class ExampleLosses:
             return
         assert logits is not None
         assert targets is not None
-        scores = logits.flatten(0, -2)
-        scores = scores if scores.dtype == torch.float64 else scores.float()
-        losses = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORED, reduction="none")
-        sums = losses.view(len(targets), -1).double().sum(1)
+        if targets.dim() == 1:
+            sums = _losses(logits, targets)
+        else:  # one by one, since a copy of all the logits of a language model may not fit
+            parts = zip(logits, targets, strict=True)
+            sums = torch.stack([_losses(scores.flatten(0, -2), tokens.flatten()).sum() for scores, tokens in parts])
         terms = (targets != IGNORED).view(len(targets), -1).sum(1).double()
         self.known = bool(np.isclose(float(sums.sum() / terms.sum()), loss, rtol=1e-3, atol=1e-6, equal_nan=True))
         self._sums.append(sums.numpy(force=True))
@@ -68,6 +69,12 @@ class ExampleLosses:
     def terms(self) -> Array:
         """Terms of each example, (examples,)."""
         return np.concatenate(self._terms)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of each of ``targets`` (n,), 0 where it is ignored, float64."""
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(exact, targets, ignore_index=IGNORED, reduction="none").double()
 
 
 def rise_error(before: ExampleLosses, after: ExampleLosses) -> float:

@@ -49,6 +49,7 @@ class WorstCasePoint:
     standard_error: float  # of that, over examples at the worst point; NaN where their losses are not known
     metrics: Mapping[str, float]  # loss, accuracy, matthews at the worst point
     induced_norm: float  # realised ‖eps_W‖ of the worst point
+    induced_norms: Mapping[str, float]  # the same of the points of one_step, pga and apgd
     curve: npt.NDArray[np.float64]  # (steps+1,): best rise after each step of the winning search and start
     by_start: npt.NDArray[np.float64]  # (restarts,): rise by the better search from each start; near equal if settled
     note: str  # why the winning search ended early, or empty
@@ -97,7 +98,7 @@ class WorstCase:
             realised = {"induced_norm": p.induced_norm, **at}
             rows.append(row("worst_case", "loss_rise", p.lower_bound, standard_error=p.standard_error, **realised))
             for name, value in (("pga", p.pga), ("apgd", p.apgd), ("one_step", p.one_step)):
-                rows.append(row("worst_case", f"loss_rise_{name}", value, **at))
+                rows.append(row("worst_case", f"loss_rise_{name}", value, induced_norm=p.induced_norms[name], **at))
             rows += _metrics_rows(p.metrics, **realised)
             rows += [row("worst_case", "best_rise", float(rise), index=k, **at) for k, rise in enumerate(p.curve)]
             rows += [row("worst_case", "start_rise", float(rise), index=k, **at) for k, rise in enumerate(p.by_start)]
@@ -159,6 +160,7 @@ def worst_case_sharpness(
         ball = Ball(objective, space, scaling, radius)
         found = worst(ball, middle, settings.steps, settings.restarts, settings.seed, report)
         winner = found.winner
+        bests = {"one_step": found.one_step, "pga": found.projected.best, "apgd": found.apgd.best}
         after = ExampleLosses()
         with space.perturbed(scaling.applied(winner.best.delta)):
             metrics = objective.evaluate(space, after)
@@ -172,6 +174,7 @@ def worst_case_sharpness(
                 standard_error=rise_error(before, after),
                 metrics=metrics,
                 induced_norm=ball.induced_norm(winner.best.delta),
+                induced_norms={name: ball.induced_norm(best.delta) for name, best in bests.items()},
                 curve=winner.curve - middle.loss,
                 by_start=np.array(found.by_start) - middle.loss,
                 note=winner.note,

@@ -1,6 +1,6 @@
 """Runs one measure after the other while another thread sends SIGINT at random moments; a JSON line for each measure.
 
-Usage: ``interrupted_run.py SECONDS``, the time to spend on a measure.
+Usage: ``interrupted_run.py SECONDS``, the time to spend on a measure; three signals at least.
 """
 
 import json
@@ -65,7 +65,7 @@ def main(seconds):
         measure()
         usual = time.perf_counter() - start
         seen = SimpleNamespace(measure=name, sent=0, interrupted=0, displaced=[])
-        while time.perf_counter() - start < seconds:
+        while seen.sent < 3 or time.perf_counter() - start < seconds:
             seen.interrupted += interrupted(measure, drawn.uniform(0, usual))
             seen.sent += 1
             torch.set_grad_enabled(True)  # torch's own blocks may be cut short on leaving

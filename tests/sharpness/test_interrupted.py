@@ -24,7 +24,7 @@ def test_interrupted_at_random_moments():
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), "1.5"], capture_output=True, text=True, env=environment, cwd=root, timeout=280
+        [sys.executable, str(SCRIPT), "1"], capture_output=True, text=True, env=environment, cwd=root, timeout=280
     )
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]

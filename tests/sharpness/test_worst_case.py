@@ -560,6 +560,12 @@ def test_rows_hold_the_bound_and_what_it_rests_on():
     assert errors == [p.standard_error for p in result.points]
     norms = [r["induced_norm"] for r in rows if r["quantity"] == "loss_rise"]
     assert norms == [p.induced_norm for p in result.points]
+    for name in ("one_step", "pga", "apgd"):
+        norms = [r["induced_norm"] for r in rows if r["quantity"] == f"loss_rise_{name}"]
+        assert norms == [p.induced_norms[name] for p in result.points]
+    isotropic = worst_case_sharpness(bert_objective(), WeightSpace.full(with_lora(tiny_bert())), [0.2], steps=1)
+    assert isotropic.points[0].induced_norms["one_step"] == pytest.approx(0.2, rel=1e-9)
+    assert all(norm <= 0.2 * (1 + 1e-9) for norm in isotropic.points[0].induced_norms.values())
 
 
 def test_every_start_tells_what_it_led_to():
