@@ -39,6 +39,7 @@ BOOKKEEPING = frozenset(
         ("density", "products"),
         ("density", "runs"),
         *(("surface", name) for name in ("cosine", "axis", "evaluated", "interpolation_error")),
+        *(("landscape", name) for name in ("precision_error", "precision_seen", "precision_checked")),
         *(("surface", name) for name in ("precision_error", "precision_seen", "precision_checked")),
         *(("surface", name) for name in ("precision_cosine", "explained_variance")),
     }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,12 @@ from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector
 from analysis.landscape.store import Key, PointStore
 
+Value = TypeVar("Value")
 Precision = Literal["full", "bfloat16"]
+FORMAT = 2
+"""Raised where what is stored of a point, or how it is computed, changes: older points are then not used."""
+SHARED = 4
+"""Points that each process of a rank computes before ranks exchange what they found: what a kill can lose."""
 
 
 class Locate(Protocol):
@@ -46,13 +51,20 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """Digest of the examples, the weights and what :attr:`locate` says of itself."""
-        digest = hashlib.sha256(f"{self.objective.digest} {self.space.name} {self.locate.identity}".encode())
-        for name, tensor in self.space.model.state_dict().items():
-            if isinstance(tensor, torch.Tensor):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """:func:`identity_of` with what :attr:`locate` says of itself."""
+        return identity_of(self.objective, self.space, self.locate.identity)
+
+
+def identity_of(objective: Objective, space: WeightSpace, what: str) -> str:
+    """Digest of the examples, the weights, what computes, and ``what`` is computed of them."""
+    computing = (FORMAT, torch.__version__, space.device.type)
+    data = (objective.digest, objective.shifted)
+    digest = hashlib.sha256(f"{computing} {data} {space.name} {what}".encode())
+    for name, tensor in space.model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Points:
@@ -88,11 +100,12 @@ class Points:
         self._pool: ProcessPoolExecutor | None = None
         self._others: set[Any] = set()
         self._known: dict[tuple[Precision, Key], dict[str, float]] = {}
+        self._told = (0, 0)
         self.evaluated = 0
         """Points computed by now, those of an earlier run not counted."""
         self.most = 0
         """Points that will be asked for, for ``watch``; what was asked for if it is more."""
-        if store is not None and _rank() == 0:
+        if store is not None and rank() == 0:
             store.open(self._evaluator.job.identity)
 
     def __enter__(self) -> "Points":
@@ -113,16 +126,19 @@ class Points:
         """Metrics (``loss``, ``accuracy`` where there is one) at every key, in their order."""
         asked = list(dict.fromkeys(keys))
         stored = {key: self._from_store(precision, key) for key in asked if (precision, key) not in self._known}
-        for key, metrics in _from_first_rank(stored).items():
+        for key, metrics in from_first_rank(stored).items():
             if metrics is not None:
                 self._known[precision, key] = metrics
         todo = [key for key in asked if (precision, key) not in self._known]
         self._report()
-        mine = todo[_rank() :: _ranks()]
-        found = self._in_pool(mine, precision) if self._workers > 1 and len(mine) > 1 else self._here(mine, precision)
-        for key, metrics in _gathered(found).items():
-            if (precision, key) not in self._known:
-                self._keep(precision, key, metrics)
+        share = SHARED * self._workers * _ranks() if _ranks() > 1 else max(len(todo), 1)
+        for start in range(0, len(todo), share):
+            mine = todo[start : start + share][rank() :: _ranks()]
+            several = self._workers > 1 and len(mine) > 1
+            found = self._in_pool(mine, precision) if several else self._here(mine, precision)
+            for key, metrics in _gathered(found).items():
+                if (precision, key) not in self._known:
+                    self._keep(precision, key, metrics)
         return [self._known[precision, key] for key in keys]
 
     def cosine(self, key: Key) -> float:
@@ -156,18 +172,20 @@ class Points:
         return found
 
     def _from_store(self, precision: Precision, key: Key) -> dict[str, float] | None:
-        return None if self._store is None or _rank() else self._store.get(_address(precision, key))
+        return None if self._store is None or rank() else self._store.get(_address(precision, key))
 
     def _keep(self, precision: Precision, key: Key, metrics: dict[str, float]) -> None:
         self._known[precision, key] = metrics
         self.evaluated += 1
-        if self._store is not None and _rank() == 0:
+        if self._store is not None and rank() == 0:
             self._store.add(_address(precision, key), metrics)
         self._report()
 
     def _report(self) -> None:
-        if self._watch is not None:
-            self._watch(len(self._known), max(self.most, len(self._known)), "points")
+        now = (len(self._known), max(self.most, len(self._known)))
+        if self._watch is not None and now[0] and now != self._told:
+            self._told = now
+            self._watch(*now, "points")
 
 
 def _address(precision: Precision, key: Key) -> Key:
@@ -213,7 +231,8 @@ def _in_worker(key: Key, precision: Precision) -> dict[str, float]:
     return _worker(key, precision)
 
 
-def _rank() -> int:
+def rank() -> int:
+    """This process's among those of an initialised ``torch.distributed``; 0 where there is none."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -221,12 +240,14 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _from_first_rank(values: dict[Key, Any]) -> dict[Key, Any]:
+def from_first_rank(values: Value) -> Value:
+    """Rank 0's values on every rank: what ranks compute alike may still differ in the last bit."""
     if _ranks() == 1:
         return values
-    box = [values]
+    box: list[Any] = [values]
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    received: Value = box[0]
+    return received
 
 
 def _gathered(found: dict[Key, dict[str, float]]) -> dict[Key, dict[str, float]]:

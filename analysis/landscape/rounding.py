@@ -13,11 +13,16 @@ whatever their scale. The surface is said to be off by c times the largest diffe
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.landscape.adaptive import Interpolant, Node, Values, place_of
+from analysis.landscape.adaptive import Interpolant, Values
+from analysis.landscape.points import Points
+from analysis.landscape.store import Key
 
+PRECISION_ERROR = 0.02
+"""Of the range: losses in bfloat16 that may be farther off are computed again in full precision."""
 FEWEST = 8
 """Points checked at least."""
 SHARE = 0.05
@@ -25,25 +30,58 @@ SHARE = 0.05
 CONFIDENCE = 0.95
 
 
-def nodes_to_check(nodes: Sequence[Node], values: Sequence[float], rows: int, columns: int) -> list[Node]:
-    """Which of the ``nodes`` of a grid of ``rows`` × ``columns`` to evaluate in full precision too.
+@dataclass(frozen=True)
+class Check:
+    """What was found at the points checked."""
+
+    keys: tuple[Key, ...]  # those checked
+    seen: float  # largest difference to full precision among them, over the range of losses
+    error: float  # what the largest of all is below, with :data:`CONFIDENCE`
+
+
+def checked_points(
+    at: Points, keys: Sequence[Key], losses: Values, places: Values, rough: Values, span: float
+) -> Check:
+    """Evaluate some of the points in full precision.
 
     Args:
-        nodes: those evaluated.
-        values: their losses in bfloat16.
-        rows, columns: of the grid.
+        at: where.
+        keys: N points evaluated in bfloat16.
+        losses: (N,) found there.
+        places: (N, 2) where they lie, for distances between them.
+        rough: (N,) how badly each fits its neighbours.
+        span: the range of losses.
     """
-    count = min(len(nodes), max(FEWEST, round(SHARE * len(nodes))))
-    places = np.array([place_of(node, rows, columns) for node in nodes])
-    chosen: list[int] = []
-    if np.isfinite(values).all():
-        rough = Interpolant(places, np.array(values)).left_out
-        chosen = [int(i) for i in np.argsort(-rough, kind="stable")[: count // 2]]
+    chosen = to_check(places, rough)
+    picked = [keys[i] for i in chosen]
+    exact = np.array([metrics["loss"] for metrics in at(picked)])
+    found = losses[chosen]
+    with np.errstate(invalid="ignore"):
+        differences = np.abs(found - exact) / max(span, 1e-300)
+    agree = ~np.isfinite(exact) & ~np.isfinite(found)  # not finite in both
+    seen = float(np.where(agree, 0.0, differences).max())
+    seen = seen if np.isfinite(seen) else np.inf
+    return Check(tuple(picked), seen, seen * factor(len(picked), len(keys)))
+
+
+def roughness(places: Values, losses: Values) -> Values:
+    """(N,) by how much each loss differs from what the others predict there; zero where one is not finite."""
+    return Interpolant(places, losses).left_out if np.isfinite(losses).all() else np.zeros(len(losses))
+
+
+def to_check(places: Values, rough: Values) -> list[int]:
+    """Which points to check: the roughest, then those farthest from the ones chosen.
+
+    Args:
+        places, rough: as :func:`checked_points`.
+    """
+    count = min(len(places), max(FEWEST, round(SHARE * len(places))))
+    chosen = [int(i) for i in np.argsort(-rough, kind="stable")[: max(count // 2, 1)]]
     while len(chosen) < count:
-        distances = np.linalg.norm(places[:, None] - places[None, chosen or [0]], axis=2)
+        distances = np.linalg.norm(places[:, None] - places[None, chosen], axis=2).min(axis=1)
         distances[chosen] = -1
-        chosen.append(int(np.argmax(distances.min(axis=1))))
-    return [nodes[i] for i in chosen]
+        chosen.append(int(np.argmax(distances)))
+    return chosen
 
 
 def factor(checked: int, points: int, confidence: float = CONFIDENCE) -> float:

@@ -1,5 +1,6 @@
 """Losses of points of a landscape on disk, one line each as they come, so that a killed run continues."""
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -69,6 +70,12 @@ class PointStore:
             os.fsync(file.fileno())
         self._ours = True
 
+    def beside(self, name: str) -> Path:
+        """A file that belongs to the points: kept as long as they are."""
+        return self.path.with_name(f"{self.path.name}.{name}")
+
     def remove(self) -> None:
-        """Delete the file."""
+        """Delete the file, and those beside it."""
         self.path.unlink(missing_ok=True)
+        for file in self.path.parent.glob(f"{glob.escape(self.path.name)}.*"):
+            file.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ all examples of the objective.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,23 +23,21 @@ from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
 from analysis.core.vectors import Vector, dot, norm
-from analysis.landscape.adaptive import Node, adaptive_grid
+from analysis.landscape.adaptive import Node, adaptive_grid, place_of
 from analysis.landscape.eigen_plane import measured_eigen_plane
+from analysis.landscape.kept_plane import kept_plane
 from analysis.landscape.lines import odd
 from analysis.landscape.plane import Plane, cosine
-from analysis.landscape.points import Points, Precision
+from analysis.landscape.points import Points, Precision, identity_of
 from analysis.landscape.random_plane import random_plane
-from analysis.landscape.rounding import factor, nodes_to_check
+from analysis.landscape.rounding import PRECISION_ERROR, checked_points, roughness
 from analysis.landscape.store import Key, PointStore
+from analysis.landscape.window import extent_for
 from analysis.settings import MeasureSettings, Radius
 from bilora.errors import UserError
 
 Array = npt.NDArray[np.float64]
 
-LADDER = tuple(m * 10.0**e for e in range(-3, 3) for m in (1, 2, 5))
-"""Half widths to choose from: round numbers, so that compared methods mostly get the same."""
-PRECISION_ERROR = 0.02
-"""Of the range: a bfloat16 surface that may be farther off is computed again in full precision."""
 PARALLEL = 1e-6
 """Axes whose |cosine| is this close to 1 are refused: to rounding they are one."""
 
@@ -184,7 +183,7 @@ def loss_surface(
         at.most = settings.points**2
         (base,) = at([(0.0, 0.0)])
         if target_rise is not None:
-            extent = _extent_for(at, target_rise, settings.precision)
+            extent = _extent(at, target_rise, settings.precision)
         window = plane.window if extent is None else (-extent, extent, -extent, extent)
         surface = _on_grid(at, space, objective.name, plane, base, window, settings)
         if surface.precision_error > PRECISION_ERROR:
@@ -251,29 +250,20 @@ def _on_grid(
 
 def _checked(at: Points, surface: LossSurface) -> LossSurface:
     """With the errors of bfloat16 at some points, and what follows for all."""
-    centre = (len(surface.y) // 2, len(surface.x) // 2)
     # The centre's loss is exact: it says nothing of the others.
     known = [(int(i), int(j)) for i, j in np.argwhere(surface.evaluated) if surface.x[j] or surface.y[i]]
-    losses = [float(surface.losses[node]) for node in known]
-    nodes = nodes_to_check(known, losses, *surface.losses.shape)
-    keys = [(float(surface.x[j]), float(surface.y[i])) for i, j in nodes]
-    exact = np.array([metrics["loss"] for metrics in at(keys)])
-    with np.errstate(invalid="ignore"):
-        found = np.array([surface.losses[node] for node in nodes])
-        differences = np.abs(found - exact) / max(_span(surface.losses), 1e-300)
-    agree = ~np.isfinite(exact) & ~np.isfinite(found)  # not finite in both
-    seen = float(np.where(agree, 0.0, differences).max())
-    seen = seen if np.isfinite(seen) else np.inf
-    nearest = (
-        float(surface.x[centre[1] + 1]),
-        float(surface.y[centre[0]]),
-    )  # the smallest step, of which least is left
+    places = np.array([place_of(node, *surface.losses.shape) for node in known])
+    keys = [(float(surface.x[j]), float(surface.y[i])) for i, j in known]
+    losses = np.array([surface.losses[node] for node in known])
+    check = checked_points(at, keys, losses, places, roughness(places, losses), _span(surface.losses))
+    # The smallest step, of which rounding leaves least.
+    nearest = (float(surface.x[len(surface.x) // 2 + 1]), float(surface.y[len(surface.y) // 2]))
     return replace(
         surface,
-        precision_error=seen * factor(len(nodes), len(known)),
-        precision_seen=seen,
-        precision_checked=len(nodes),
-        precision_cosine=min(at.cosine(key) for key in [nearest, *keys[:2]]),
+        precision_error=check.error,
+        precision_seen=check.seen,
+        precision_checked=len(check.keys),
+        precision_cosine=min(at.cosine(key) for key in [nearest, *check.keys[:2]]),
     )
 
 
@@ -300,10 +290,8 @@ def common_extent(
 ) -> float:
     """One extent for the surfaces of several spaces, which are then drawn on the same axes.
 
-    The extent of one space is that of :data:`LADDER`'s 1, 2, 5 · 10ⁿ at which the median loss rise at the four ends of
-    the axes reaches ``target_rise``, and does not at the one before; a loss that is not finite counts as too much. It
-    is found by bisection: where the rise does not grow with the extent there may be a smaller one. The common one is
-    the largest.
+    The extent of one space is that of 1, 2, 5 · 10ⁿ at which the median loss rise at the four ends of the axes reaches
+    ``target_rise`` (:func:`analysis.landscape.window.extent_for`). The common one is the largest.
 
     Args:
         objective: the data side.
@@ -323,27 +311,15 @@ def common_extent(
     for space, plane in zip(spaces, planes, strict=True):
         _check_plane(space, plane)
         with Points(objective, space, InPlane(plane), workers=settings.workers) as at:
-            extents.append(_extent_for(at, target_rise, settings.precision))
+            extents.append(_extent(at, target_rise, settings.precision))
     return max(extents)
 
 
-def _extent_for(at: Points, target: float, precision: Precision) -> float:
-    """Bisection over :data:`LADDER`, all of it in one precision."""
-    base = at([(0.0, 0.0)], precision)[0]["loss"]
+def _extent(at: Points, target: float, precision: Precision) -> float:
+    def ends(r: float) -> list[Key]:
+        return [(r, 0.0), (-r, 0.0), (0.0, r), (0.0, -r)]
 
-    def rise(r: float) -> float:
-        losses = [metrics["loss"] for metrics in at([(r, 0.0), (-r, 0.0), (0.0, r), (0.0, -r)], precision)]
-        return float(np.median([loss - base if np.isfinite(loss) else np.inf for loss in losses]))
-
-    low, high = 0, len(LADDER) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if rise(LADDER[middle]) >= target else (middle + 1, high)
-    if low == len(LADDER) - 1 and rise(LADDER[low]) < target:
-        raise UserError(
-            f"the loss rises by less than {target:g} up to ±{LADDER[low]:g}: ask for less, or give the extent"
-        )
-    return LADDER[low]
+    return extent_for(at, (0.0, 0.0), ends, target, precision)
 
 
 def _induced_norms(space: WeightSpace, plane: Plane, x: Array, y: Array) -> Array:
@@ -387,7 +363,8 @@ def _run(
     if settings.plane == "filter":
         plane = random_plane(space, seed=settings.seed)
     else:
-        plane = measured_eigen_plane(objective, space, seed=settings.seed, max_products=300, watch=watch)
+        made = partial(measured_eigen_plane, objective, space, seed=settings.seed, max_products=300, watch=watch)
+        plane = kept_plane(space, store, identity_of(objective, space, f"eigenvectors, {settings.seed}"), made)
     common = settings.model_dump(include={"points", "extent", "target_rise", "error", "precision", "workers"})
     return loss_surface(objective, space, plane, store=store, watch=watch, **common)
 

@@ -1,20 +1,28 @@
 """A surface by ranks of ``torchrun``, or by a process that is killed; writes what it found."""
 
 import json
+import math
 import os
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from analysis.core import Objective, WeightSpace
+from analysis.landscape import surface as surface_module
 from analysis.landscape.random_plane import random_plane
 from analysis.landscape.store import PointStore
 from analysis.landscape.surface import loss_surface
 from tests.oracles import tiny
 
 SETTINGS = {"points": 7, "extent": 0.5, "error": None}
+ALSO = {
+    "adaptive": {"points": 11, "extent": 0.1, "error": 0.05},
+    "bfloat16": {"points": 5, "extent": 0.5, "error": None, "precision": "bfloat16"},
+}
+"""Surfaces that ranks compute besides."""
 
 
 def problem():
@@ -22,6 +30,12 @@ def problem():
     space = WeightSpace.full(tiny.with_lora(tiny.bert(torch.float32)))
     objective = Objective([tiny.padded(part) for part in tiny.split(tiny.examples())])
     return objective, space, random_plane(space, seed=0)
+
+
+def besides(objective, space, plane, name, **more):
+    """One of :data:`ALSO`; that in bfloat16 stays so, however far it is off."""
+    with patch.object(surface_module, "PRECISION_ERROR", math.inf):
+        return loss_surface(objective, space, plane, **ALSO[name], **more)
 
 
 def ranks(folder):
@@ -33,8 +47,16 @@ def ranks(folder):
     passes = []
     objective, space, plane = problem()
     space.model.register_forward_hook(lambda *_: passes.append(1))
-    surface = loss_surface(objective, space, plane, store=store, **SETTINGS)
-    outcome = {"losses": surface.losses.tolist(), "passes": len(passes), "stored": store.path.exists()}
+    known = []  # points on this rank's list, and passes by this rank, as they come
+    batches = len(objective.batches)
+
+    def watch(done, most, note):
+        known.append((done, len(passes) // batches))
+
+    surface = loss_surface(objective, space, plane, store=store, watch=watch, **SETTINGS)
+    outcome = {"losses": surface.losses.tolist(), "passes": len(passes), "stored": store.path.exists(), "known": known}
+    for name in ALSO:
+        outcome[name] = besides(objective, space, plane, name).losses.tolist()
     (folder / f"ranks-{dist.get_world_size()}-{rank}.json").write_text(json.dumps(outcome))
     dist.destroy_process_group()
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from analysis.core import COLUMNS, Objective, WeightSpace, filter_normalized, gaussian
+from analysis.landscape import lines as lines_module
 from analysis.landscape.lines import MEASURE, line_coordinates, loss_lines
+from analysis.landscape.store import PointStore
+from analysis.landscape.window import LADDER
 from bilora.errors import UserError
 from tests.sharpness.cases import (
     Quadratic,
@@ -124,6 +127,63 @@ def test_rows_are_points():
     }
 
 
+def test_worker_processes_find_the_same_bits_and_a_stopped_run_continues(tmp_path):
+    objective, space = bert_objective(), WeightSpace.full(with_lora(tiny_bert(torch.float32)))
+    settings = {"points": 5, "directions": 3, "seed": 1}
+    alone = loss_lines(objective, space, **settings)
+    store = PointStore(tmp_path / "points.jsonl")
+
+    def stop(done, most, note):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loss_lines(objective, space, store=store, watch=stop, **settings)
+    passes = []
+    hook = space.model.register_forward_hook(lambda *_: passes.append(1))
+    again = loss_lines(objective, space, store=store, **settings)
+    hook.remove()
+    assert len(passes) == 3 * (13 - 7)
+    shared = loss_lines(objective, space, workers=2, **settings)
+    for lines in (again, shared):
+        assert np.array_equal(lines.losses, alone.losses)
+        assert np.array_equal(lines.induced_norms, alone.induced_norms)
+
+
+def test_the_extent_follows_the_rise_asked_for():
+    model = Quadratic(definite=True)
+    objective, _ = quadratic_objective(centre=model.theta().detach())
+    space = WeightSpace.all(model)
+    rises = []
+    for i in range(3):
+        d = flat(filter_normalized(space, gaussian(space, 0, i)))
+        rises += [float(0.5 * d @ model.H @ d)] * 2
+    for target in (0.01, 1.0, 40.0):
+        extent = loss_lines(objective, space, points=3, directions=3, target_rise=target).coordinates[-1]
+        smaller = LADDER[LADDER.index(extent) - 1]
+        assert np.median(rises) * smaller**2 < target <= np.median(rises) * extent**2
+
+
+def test_bfloat16_lines_say_how_far_they_are_off_or_are_not_bfloat16(monkeypatch):
+    objective, space = bert_objective(), WeightSpace.full(with_lora(tiny_bert(torch.float32)))
+    settings = {"extent": 2.0, "points": 9, "directions": 4}
+    exact = loss_lines(objective, space, **settings)
+    tiny_steps = loss_lines(objective, space, precision="bfloat16", **{**settings, "extent": 1e-5})
+    assert tiny_steps.check is None
+    assert np.array_equal(tiny_steps.losses, loss_lines(objective, space, **{**settings, "extent": 1e-5}).losses)
+    monkeypatch.setattr(lines_module, "PRECISION_ERROR", math.inf)
+    half = loss_lines(objective, space, precision="bfloat16", **settings)
+    assert (half.losses[:, 4] == objective.loss(space)).all()
+    assert len(half.check.keys) == 8
+    assert 0 < np.abs(half.losses - exact.losses).max() <= half.check.error * np.ptp(half.losses)
+    worth = {r["quantity"]: r["value"] for r in half.rows() if r["quantity"] != "loss"}
+    assert worth == {
+        "precision_error": half.check.error,
+        "precision_seen": half.check.seen,
+        "precision_checked": 8,
+    }
+
+
 def test_progress_counts_losses():
     objective, _ = quadratic_objective()
     seen = []
@@ -132,7 +192,17 @@ def test_progress_counts_losses():
 
 
 @pytest.mark.parametrize(
-    "change", [{"extent": 0.0}, {"extent": math.inf}, {"points": 4}, {"points": 1}, {"directions": 0}]
+    "change",
+    [
+        {"extent": 0.0},
+        {"extent": math.inf},
+        {"extent": 1.0, "target_rise": 1.0},
+        {"target_rise": 0.0},
+        {"points": 4},
+        {"points": 1},
+        {"directions": 0},
+        {"workers": 0},
+    ],
 )
 def test_bad_settings_are_one_line(change):
     objective, _ = quadratic_objective()

@@ -93,11 +93,32 @@ def test_cosine_is_the_dense_one_and_orthogonal_rows_make_it_zero(dtype):
     space = WeightSpace.full(adapter(5, dtype))
     plain, orthogonal = random_plane(space, seed=1), random_plane(space, seed=1, orthogonal=True)
     assert plain.cosine == pytest.approx(dense_cosine(plain), rel=1e-9)
-    assert abs(plain.cosine) > 1e-3
+    assert 1e-3 < abs(plain.cosine) < 5 * spread_of_the_cosine(space)
     assert abs(orthogonal.cosine) < (1e-7 if dtype == torch.float32 else 1e-14)
     assert torch.equal(flat(orthogonal.axes[0]), flat(plain.axes[0]))
     for name, step in orthogonal.axes[1].items():
         torch.testing.assert_close(step.norm(dim=1), space.parameters[name].detach().norm(dim=1), rtol=1e-5, atol=0)
+
+
+def spread_of_the_cosine(space):
+    """Its standard deviation over draws: the cosine of two Gaussian rows of n entries has 1/n for a variance.
+
+    ⟨u, v⟩ = Σ_i ‖W_i‖²·cos_i and ‖u‖·‖v‖ = Σ_i ‖W_i‖².
+    """
+    squares = [(p.detach().flatten(1).double().square().sum(1), p[0].numel()) for p in space.parameters.values()]
+    total = sum(float(rows.sum()) for rows, _ in squares)
+    return math.sqrt(sum(float(rows.square().sum()) / n for rows, n in squares)) / total
+
+
+def test_random_axes_are_as_orthogonal_as_chance_makes_them():
+    """Of a layer of 64 × 256 the cosine is around 1/128: 60 draws have that standard deviation, and none is 0.1."""
+    torch.manual_seed(0)
+    space = WeightSpace.named(nn.Linear(256, 64), "weight")
+    expected = spread_of_the_cosine(space)
+    assert expected == pytest.approx(1 / math.sqrt(64 * 256), rel=0.05)
+    cosines = [random_plane(space, seed=seed).cosine for seed in range(60)]
+    assert max(map(abs, cosines)) < 5 * expected < 0.1
+    assert math.sqrt(np.mean(np.square(cosines))) == pytest.approx(expected, rel=0.3)
 
 
 def test_rows_of_one_entry_keep_their_direction():

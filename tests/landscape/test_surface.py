@@ -13,8 +13,10 @@ from analysis.frame import to_frame
 from analysis.landscape import surface as surface_module
 from analysis.landscape.plane import Plane
 from analysis.landscape.random_plane import random_plane
-from analysis.landscape.rounding import factor, nodes_to_check
-from analysis.landscape.surface import LADDER, MEASURE, SurfaceSettings, common_extent, loss_surface
+from analysis.landscape.rounding import factor, roughness, to_check
+from analysis.landscape.store import PointStore
+from analysis.landscape.surface import MEASURE, SurfaceSettings, common_extent, loss_surface
+from analysis.landscape.window import LADDER
 from bilora.errors import UserError
 from tests.oracles import tiny
 from tests.sharpness.cases import Quadratic, flat, quadratic_objective
@@ -94,16 +96,15 @@ def test_the_largest_of_all_over_the_largest_checked_has_its_distribution():
 
 
 def test_points_that_stand_out_and_points_far_apart_are_checked():
-    nodes = [*np.ndindex(9, 9)]
-    values = {node: 0.1 * node[0] - 0.2 * node[1] for node in nodes}
-    values[3, 5] += 0.5
-    chosen = nodes_to_check(nodes, [values[node] for node in nodes], 9, 9)
+    y, x = (side.ravel() / 4 - 1 for side in np.mgrid[:9, :9])
+    places, losses = np.column_stack([y, x]), 0.1 * y - 0.2 * x
+    losses[3 * 9 + 5] += 0.5
+    chosen = to_check(places, roughness(places, losses))
     assert len(chosen) == len(set(chosen)) == 8
-    assert chosen[0] == (3, 5)
-    places = np.array(chosen)
-    assert max(np.abs(places - node).max(axis=1).min() for node in nodes) <= 5
-    values[0, 0] = math.nan
-    assert len(nodes_to_check(nodes, [values[node] for node in nodes], 9, 9)) == 8
+    assert chosen[0] == 3 * 9 + 5
+    assert max(np.linalg.norm(places[chosen] - place, axis=1).min() for place in places) < 1.1
+    losses[0] = math.nan
+    assert len(to_check(places, roughness(places, losses))) == 8
 
 
 def test_a_perturbation_that_drowns_in_rounding_is_computed_in_full_precision(bert):
@@ -210,6 +211,29 @@ def test_eigenvector_axes_have_their_curvature():
     middle = surface.losses[2]
     assert middle - middle[2] == pytest.approx(2.0 * surface.x**2, rel=1e-3)
     assert surface.losses[:, 2] - middle[2] == pytest.approx(-1.5 * surface.y**2, rel=1e-3)
+
+
+def test_a_plane_of_eigenvectors_is_kept_with_its_points_and_goes_with_them(bert, tmp_path, monkeypatch):
+    objective, space = bert
+    store = PointStore(tmp_path / "points.jsonl")
+    settings = SurfaceSettings(plane="eigenvectors", points=5)
+    first = MEASURE.run(objective, space, settings, None, None, store)
+    passes, products = [], []
+    monkeypatch.setattr(surface_module, "measured_eigen_plane", lambda *_, **__: products.append(1) or first.plane)
+    hook = space.model.register_forward_hook(lambda *_: passes.append(1))
+    again = MEASURE.run(objective, space, settings, None, None, PointStore(store.path))
+    hook.remove()
+    assert (passes, products) == ([], [])
+    assert np.array_equal(again.losses, first.losses)
+    for kept, axis in zip(again.plane.axes, first.plane.axes, strict=True):
+        assert torch.equal(flat(kept), flat(axis))
+    for name in ("kind", "origin", "axis_labels", "cosine", "window", "marks", "explained", "path"):
+        assert getattr(again.plane, name) == getattr(first.plane, name)
+    MEASURE.run(objective, space, settings.model_copy(update={"seed": 1}), None, None, PointStore(store.path))
+    assert products == [1]
+    assert len(list(tmp_path.iterdir())) == 2
+    store.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_settings_are_refused(bert):
