@@ -10,7 +10,13 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 
 from analysis.core import Objective, WeightSpace
-from analysis.curvature import DifferenceOperator, GaussNewtonOperator, HessianOperator, curvature_operator
+from analysis.curvature import (
+    DifferenceOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    curvature_operator,
+    top_eigenvalues,
+)
 from bilora.errors import UserError
 from tests.oracles import modules, tiny
 from tests.oracles.dense import DenseOracle, flat, relative_error
@@ -32,7 +38,7 @@ class Case:
 
     def __init__(self, space, batches, oracle):
         assert torch.equal(flat(space.parameters.values()), oracle.point)
-        self.space, self.objective = space, Objective(batches)
+        self.space, self.objective = space, Objective(batches, shifted=oracle.shifted)
         self.dense = {"hessian": oracle.hessian(), "ggn": oracle.gauss_newton()}
         for matrix in self.dense.values():
             assert float((matrix - matrix.T).abs().max()) <= 1e-12 * float(matrix.abs().max())
@@ -55,6 +61,17 @@ def tied_llama(pattern=None):
     return Case(space, TOKEN_BATCHES, DenseOracle.named(modules.small_llama(), ALL_TOKENS, chosen))
 
 
+def masked_bert():
+    """Every parameter: tied embeddings, LayerNorm gains, biases; a sixth to a third of the tokens count."""
+    model = modules.masked_bert()
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    names = [name for name, _ in model.named_parameters()]
+    whole = modules.masked_batch(SENTENCES)
+    oracle = DenseOracle.named(modules.masked_bert(), whole, names, shifted=False)
+    ragged = [modules.masked_batch(part) for part in tiny.split(SENTENCES, modules.UNEVEN)]
+    return Case(WeightSpace.all(model), ragged, oracle)
+
+
 def plain_gpt2():
     chosen = tiny.examples((3, 7, 5, 2, 4), vocabulary=30)
     names = [name for name, _ in tiny.gpt2().named_parameters() if re.fullmatch(CONV1D, name)]
@@ -68,6 +85,7 @@ CASES = {
     "lora": lambda: adapted_bert("lora"),
     "every parameter of a tied Llama": tied_llama,
     "tied embeddings and norms": lambda: tied_llama(EMBEDDINGS_AND_NORMS),
+    "every parameter of a tied masked BERT": masked_bert,
     "GPT-2": plain_gpt2,
 }
 
@@ -215,6 +233,17 @@ def test_labels_name_what_is_not_the_exact_hessian(lora):
         with curvature_operator(lora.objective, lora.space, **settings) as operator:
             assert operator.label == label
             assert relative_error(operator.matmat(v[None])[0], expected[label]) <= (1e-3 if "diff" in label else 1e-12)
+
+
+@pytest.mark.parametrize("curvature", OPERATORS)
+def test_eigenvalues_of_a_tied_masked_bert_are_numpys(curvature):
+    found_in = masked_bert()
+    dense = np.linalg.eigvalsh(found_in.dense[curvature].numpy())
+    expected = dense[np.argsort(-np.abs(dense))][:5]
+    settings = {"curvature": curvature, "tolerance": 1e-8, "max_products": 400}
+    found = top_eigenvalues(found_in.objective, found_in.space, 5, **settings)
+    assert found.converged.all()
+    np.testing.assert_allclose(found.values, expected, rtol=1e-10)
 
 
 # Rounding of the gradient over the step, plus the curvature's own change along the step.

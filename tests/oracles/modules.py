@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from tests.oracles import tiny
 
@@ -50,6 +50,31 @@ def unrounded(model):
 def uneven_examples():
     """Split by ``UNEVEN``, their batches predict 13, 24 and 52 tokens."""
     return tiny.examples((10, 5, 12, 4, 11, 15, 8, 14, 3, 16, 2), vocabulary=TOKENS, seed=7)
+
+
+def masked_bert(dtype=torch.float64):
+    """One layer of BERT with LayerNorm and GELU that predicts 12 tokens by its own embeddings: 900 parameters."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=TOKENS,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+        initializer_range=0.4,
+        tie_word_embeddings=True,
+    )
+    return BertForMaskedLM(config).to(dtype)
+
+
+def masked_batch(chosen):
+    """Padded on the right; every third token is to be found, its place filled by token 1."""
+    batch = tiny.language_batch(chosen)
+    hidden = (torch.arange(batch["labels"].shape[1]) % 3 == 0) & (batch["labels"] != -100)
+    batch["labels"][~hidden] = -100
+    batch["input_ids"][hidden] = 1
+    return batch
 
 
 def calm_bert(dtype=torch.float64):
