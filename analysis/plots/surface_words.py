@@ -50,10 +50,10 @@ def _evaluated(every: Sequence[Surface]) -> str:
         words = f"{_range(counted, '{:g}') if counted else 'Some'} of {points} points were evaluated, the others "
         words += "interpolated"
         errors = [error for error in _known(every, "interpolation_error") if error > 0]
-        words += f", off by at most {_percent(errors)} of the range at points held out." if errors else "."
+        words += f", off by an estimated {_percent(errors)} of the range at most." if errors else "."
     halved = [error for error in _known(every, "precision_error") if error > 0]
     if halved:
-        words += f" The forward passes in bfloat16 were off by {_percent(halved)} of the range."
+        words += f" The forward passes in bfloat16 were off by an estimated {_percent(halved)} of the range at most."
     cosine = max((abs(cosine) for cosine in _known(every, "cosine")), default=0.0)
     if cosine >= 5e-4:
         words += f" The axes are not quite orthogonal: cosine up to {cosine:.2g}."

@@ -241,12 +241,12 @@ def test_the_caption_says_what_the_surface_is_worth(frame):
     said = words(surface_contours(frame, "filter"))
     assert "Training seed 0 of 3 measured" in said
     assert "41 of 121 points were evaluated" in said
-    assert "at most 1 % of the range at points held out" in said
+    assert "off by an estimated 1 % of the range at most" in said
     assert "bfloat16" not in said
     every = surface_rows(lambda x, y: x**2, worth={"precision_error": 0.004, "cosine": -0.2, "evaluated": 25})
     said = words(surface_contours(pd.DataFrame(every)))
     assert "All 25 points of a surface were evaluated" in said
-    assert "bfloat16 were off by 0.4 % of the range" in said
+    assert "bfloat16 were off by an estimated 0.4 % of the range at most" in said
     assert "cosine up to 0.2" in said
 
 
