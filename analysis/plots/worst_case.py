@@ -60,7 +60,7 @@ def worst_case_curves(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
     spaces, kinds = in_space_order(table["space"]), canvas.variants(table, ["kind", "split"])
     deep = [2 if _progress(table, kind, split) else 1 for kind, split in kinds]
     width = canvas.width_for(spaces)
-    figure, grid = canvas.panels(sum(deep), len(spaces), width, 1.0 + 2.0 * sum(deep), sharey="row")
+    figure, grid = canvas.panels(sum(deep), len(spaces), width, canvas.height_for(sum(deep), width, 1.0), sharey="row")
     lines, lost, reaches_zero = iter(grid), 0, False
     for (kind, split), panels in zip(kinds, deep, strict=True):
         of_kind = table[(table["kind"] == kind) & (table["split"] == split)]
@@ -91,7 +91,8 @@ def worst_case_curves(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
         if panels == 2:
             _draw_progress(next(lines), of_kind, spaces, styles)
     canvas.legend(figure, [*canvas.line_handles(styles, table["method"], markers=False), *_kinds_of_line()], width)
-    words = "Line: mean over seeds of the larger of two searches, a lower bound of the worst case. "
+    words = "Line: the larger of two searches, a lower bound of the worst case"
+    words += ", mean over seeds. " if table["n_seeds"].max() > 1 else ". "
     words += canvas.interval_words(table[table["quantity"] == "loss_rise"], "whiskers", confidence)
     words += " Points of one radius are set side by side."
     words += " Whiskers that meet the lower edge reach 0 or below." if reaches_zero else ""
