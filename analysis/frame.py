@@ -10,8 +10,8 @@ from analysis.core.result import COLUMNS, DEFAULTS, Result
 
 def rows_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows as a table with the columns of the contract in their order and types."""
-    numbers = [name for name, default in DEFAULTS.items() if isinstance(default, float)]
-    types = {"index": "int64", "value": "float64", **dict.fromkeys(numbers, "float64")}
+    numbers = {name: type(default).__name__ for name, default in DEFAULTS.items() if not isinstance(default, str)}
+    types = {"value": "float64", **{name: f"{kind}64" for name, kind in numbers.items()}}
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(types)
 
 

@@ -13,26 +13,27 @@ from analysis.settings import MeasureSettings
 
 @dataclass(frozen=True)
 class Quality:
-    """Mean loss and, where there are classes or tokens to get right, accuracy."""
+    """Mean loss and, where there are classes or tokens to get right, accuracy; of classes Matthews correlation too."""
 
     loss: float
     accuracy: float | None
     split: str
+    matthews: float | None = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """``loss`` and, if known, ``accuracy``."""
-        values = {"loss": self.loss, "accuracy": self.accuracy}
+        """``loss`` and, if known, ``accuracy`` and ``matthews``."""
+        values = {"loss": self.loss, "accuracy": self.accuracy, "matthews": self.matthews}
         return [row("quality", name, value, split=self.split) for name, value in values.items() if value is not None]
 
 
 def quality(objective: Objective, space: WeightSpace) -> Quality:
-    """Loss and accuracy at the space's weights; the same in every space of a model.
+    """Loss and metrics at the space's weights; the same in every space of a model.
 
     Raises:
         UserError: the model returns no loss.
     """
     values = objective.evaluate(space)
-    return Quality(values["loss"], values.get("accuracy"), objective.name)
+    return Quality(values["loss"], values.get("accuracy"), objective.name, values.get("matthews"))
 
 
 class QualitySettings(MeasureSettings):

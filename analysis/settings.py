@@ -29,4 +29,6 @@ class MeasureSettings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
+            if not where:  # of several settings together
+                raise UserError(first["msg"].removeprefix("Value error, ")) from error
             raise UserError(f"{where}: {first['msg']}, not {first['input']!r}") from error

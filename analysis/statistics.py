@@ -39,15 +39,20 @@ BOOKKEEPING = frozenset(
         ("density", "products"),
         ("density", "runs"),
         *(("surface", name) for name in ("cosine", "axis", "evaluated", "interpolation_error")),
-        *(("surface", name) for name in ("precision_error", "precision_cosine", "explained_variance")),
+        *(("surface", name) for name in ("precision_error", "precision_seen", "precision_checked")),
+        *(("surface", name) for name in ("precision_cosine", "explained_variance")),
     }
 )
 """``(measure, quantity)`` pairs that say what a number cost."""
+
+SUBSET = frozenset({"examples", "examples_available", "subset_error"})
+"""Quantities of any measure that say what a number is worth that was taken on some of the examples."""
 
 CURVES = frozenset(
     {
         ("density", "density"),
         ("worst_case", "best_rise"),
+        ("worst_case", "start_rise"),
         *(("surface", name) for name in ("loss", "accuracy", "mark")),
         *(("connectivity", name) for name in ("loss", "accuracy")),
     }
@@ -105,7 +110,9 @@ def summarize(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     return table[[*keys, *figures, *counts, "induced_norm", "chance", "residual"]]
 
 
-def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0.95) -> pd.DataFrame:
+def paired_differences(
+    frame: pd.DataFrame, baseline: str, confidence: float = 0.95, *, within_seed: bool = False
+) -> pd.DataFrame:
     """Difference of every method to ``baseline``, paired by seed (and direction) on identical quantities.
 
     The methods compared on one quantity form a family; within it p-values and intervals are corrected by Holm's
@@ -115,12 +122,14 @@ def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0
         frame: the tidy rows of one study.
         baseline: label of the method that is subtracted.
         confidence: two-sided level of the family, in (0, 1).
+        within_seed: where two methods share one training seed alone, take the interval over the random directions of
+            that seed. It is about these two trained models, and says nothing about another training.
 
     Returns:
         One row per method and quantity, with ``method``, ``baseline``, those of :data:`KEYS` and
 
         ``difference``
-            mean over seeds of method − baseline.
+            mean over seeds (each a mean over directions) of method − baseline.
         ``low``, ``high``
             t-interval at ``confidence``, uncorrected.
         ``corrected_low``, ``corrected_high``
@@ -129,8 +138,11 @@ def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0
             mean over standard deviation of the per-seed differences.
         ``p_value``, ``p_holm``
             two-sided paired t-test, and the same after correction. NaN for one seed, or differences without any spread.
-        ``n_seeds``, ``n_non_finite``
-            seeds in the comparison, and pairs left out because a value is not finite.
+        ``over``
+            what the interval is over: ``seeds``, or ``directions`` of one seed.
+        ``n_seeds``, ``n_directions``, ``n_non_finite``, ``n_unmatched``
+            seeds in the comparison, fewest pairs of directions in one, pairs left out because a value is not finite,
+            and values left out because the other method has none of the same seed and direction.
         ``verdict``
             ``lower``, ``higher`` or ``undecided``, from the corrected interval. Always ``undecided`` where a pair was
             left out, and where an eigenvalue of largest magnitude did not converge or is negative: the order of such
@@ -146,22 +158,29 @@ def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0
         raise UserError(f"baseline {baseline!r} is not among the methods measured: name one of {', '.join(methods)}")
     check_same_m(frame)
     names = zip(frame["measure"], frame["quantity"], strict=True)
-    pairs = _pairs(frame[[name not in CURVES | BOOKKEEPING for name in names]], baseline)
+    compared = [name not in CURVES | BOOKKEEPING and name[1] not in SUBSET for name in names]
+    rows = _marked(frame[compared])
+    pairs = _pairs(rows, baseline)
     keys = ["method", *KEYS]
     table = (
-        pairs.groupby(keys, dropna=False, sort=False)
+        _replicates(pairs, within_seed)
+        .groupby(keys, dropna=False, sort=False)
         .agg(
             difference=("value", "mean"),
             deviation=("value", "std"),
-            n_seeds=("value", "count"),
+            n=("value", "count"),
+            over=("over", "first"),
+            n_seeds=("finite_seed", "nunique"),
+            n_directions=("n_directions", "min"),
             n_non_finite=("n_non_finite", "sum"),
         )
         .reset_index()
     )
+    table["n_unmatched"] = _unmatched(table[keys], rows, pairs, baseline)
     spread = table["deviation"].where(table["deviation"] > _SPREAD_FREE * table["difference"].abs())
-    error = spread / np.sqrt(table["n_seeds"].clip(lower=1))
+    error = spread / np.sqrt(table["n"].clip(lower=1))
     table["cohen_dz"] = table["difference"] / spread
-    freedom = (table["n_seeds"] - 1).clip(lower=1)
+    freedom = (table["n"] - 1).clip(lower=1)
     table["p_value"] = 2 * stats.t.sf((table["difference"] / error).abs(), freedom)
 
     alpha = 1 - confidence
@@ -169,7 +188,7 @@ def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0
     table["p_holm"] = family.transform(holm)
     level = family.transform(lambda p: holm_level(p, alpha))
     for prefix, significance in (("", alpha), ("corrected_", level)):
-        half = _t_quantile(table["n_seeds"], significance) * error
+        half = _t_quantile(table["n"], significance) * error
         table[f"{prefix}low"], table[f"{prefix}high"] = table["difference"] - half, table["difference"] + half
 
     table["verdict"] = UNDECIDED
@@ -178,7 +197,8 @@ def paired_differences(frame: pd.DataFrame, baseline: str, confidence: float = 0
     table.loc[complete & (table["corrected_low"] > 0), "verdict"] = HIGHER
     table["baseline"] = baseline
     figures = ["difference", "low", "high", "corrected_low", "corrected_high", "cohen_dz", "p_value", "p_holm"]
-    return table[["method", "baseline", *KEYS, *figures, "n_seeds", "n_non_finite", "verdict"]]
+    counts = ["over", "n_seeds", "n_directions", "n_non_finite", "n_unmatched"]
+    return table[["method", "baseline", *KEYS, *figures, *counts, "verdict"]]
 
 
 def _unordered_eigenvalues(table: pd.DataFrame, frame: pd.DataFrame, baseline: str) -> "pd.Series[bool]":
@@ -247,15 +267,40 @@ def _t_quantile(n_seeds: pd.Series, significance: float | pd.Series) -> np.ndarr
     return np.asarray(stats.t.ppf(1 - significance / 2, freedom))
 
 
-def _pairs(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Per-seed differences method − baseline: formed direction by direction, then averaged within the seed."""
-    rows = _marked(frame)
+def _pairs(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Differences method − baseline, direction by direction."""
     on = ["seed", *KEYS, "direction"]
     reference = rows.loc[rows["method"] == baseline, [*on, "value"]]
     others = rows.loc[rows["method"] != baseline, ["method", *on, "value"]]
     pairs = others.merge(reference, on=on, suffixes=("", "_baseline"))
     pairs["value"] = pairs["value"] - pairs["value_baseline"]
-    return _average_directions(pairs)
+    return pairs.drop(columns="value_baseline")
+
+
+def _replicates(pairs: pd.DataFrame, within_seed: bool) -> pd.DataFrame:
+    """What intervals are taken over: a row a seed; with ``within_seed`` a row a direction of a seed that is alone."""
+    keys = ["method", *KEYS]
+    found = _average_directions(pairs).assign(over="seeds")
+    if within_seed:
+        seeds = found.groupby(keys, dropna=False, sort=False)["seed"].transform("size")
+        alone = (seeds == 1) & (found["n_directions"] > 1)
+        inside = pairs.merge(found.loc[alone, [*keys, "n_directions"]], on=keys)
+        finite = np.isfinite(inside["value"])
+        inside = inside.assign(value=inside["value"].where(finite), n_non_finite=1 - finite.astype(int))
+        found = pd.concat([found[~alone], inside.assign(over="directions")], ignore_index=True)
+    return found.assign(finite_seed=found["seed"].where(found["value"].notna()))
+
+
+def _unmatched(quantities: pd.DataFrame, rows: pd.DataFrame, pairs: pd.DataFrame, baseline: str) -> np.ndarray:
+    """How many values of a method and of the baseline are in no pair, for each row (method, KEYS) of ``quantities``."""
+
+    def counted(table: pd.DataFrame, keys: list[str]) -> np.ndarray:
+        sizes = table.groupby(keys, dropna=False, sort=False).size().reset_index(name="count")
+        return np.asarray(quantities.merge(sizes, on=keys, how="left")["count"])
+
+    keys = ["method", *KEYS]
+    reference = rows[rows["method"] == baseline]
+    return counted(rows, keys) + counted(reference, KEYS) - 2 * counted(pairs, keys)
 
 
 def _marked(frame: pd.DataFrame) -> pd.DataFrame:

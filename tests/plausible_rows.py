@@ -144,7 +144,7 @@ def _surface(rng, space, scale, kind, points=11):
     common = {"measure": "surface", "space": space, "kind": kind, "split": "train"}
     for index, (y, x) in enumerate((y, x) for y in at for x in at):
         place = {**common, "radius": x, "y": y, "index": index, "value": loss(x, y)}
-        yield {**place, "quantity": "loss", "standard_error": 0.01 if index % 3 else np.nan}
+        yield {**place, "quantity": "loss", "residual": 0.01 if index % 3 else np.nan}
     labels = {
         "filter": ("x, in filter norms", "y, in filter norms"),
         "eigenvectors": ("along v₁ (λ = 9.1), distance", "along v₂ (λ = 5.2), distance"),

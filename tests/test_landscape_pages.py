@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 
 from analysis import Objective, WeightSpace, random_sharpness
 from analysis.plots import FIGURES, FILES
 from analysis.registry import MEASURES
+from analysis.study.landscapes import LandscapeSpec
+from analysis.study.presets import preset_named
 from bilora.cli import measure
+from bilora.cli.app import app
 from bilora.cli.options import parse_assignments
 from tests.oracles import tiny
 
@@ -100,16 +104,32 @@ def test_five_directions_at_the_coefficient_of_variation_named():
 def test_the_commands_are_accepted(page):
     lines = re.findall(r"^bilora (measure|landscape|plot) (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert {command for command, _ in lines} >= {"measure", "plot"}
+    commands = typer.main.get_command(app).commands
     for command, rest in lines:
-        words = shlex.split(rest)
+        given = commands[command].make_context(command, shlex.split(rest)).params  # refuses what it does not know
         if command == "measure":
-            wanted = words[words.index("--what") + 1].split(",")
-            assigned = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
-            common = {"split": "validation", "examples": None, "batch_size": 32}
-            entries = measure._entries(wanted, [], common, parse_assignments(assigned, "--set"))
-            assert [entry.measure for entry in entries] == wanted
+            published = given["preset"] and preset_named(given["preset"])
+            wanted = (published.what if published else given["what"]).split(",")
+            assigned = parse_assignments(given["settings"], "--set") | dict(published.settings if published else {})
+            common = {"split": given["split"], "examples": given["examples"], "batch_size": given["batch_size"]}
+            spaces = given["space"].split(",") if given["space"] else []
+            assert [entry.measure for entry in measure._entries(wanted, spaces, common, assigned)] == wanted
         elif command == "landscape":
-            assert words[0] in ("adapters", "trajectory", "connect")
+            names = ("kind", "space", "split", "examples", "batch_size", "points", "precision", "workers")
+            LandscapeSpec(**{name: given[name] for name in names}).check_count(len(given["folders"]))
+        if command != "plot":
+            assert given["output"].suffix == ".parquet"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["landscape adapters A B C", "measure A --whta random -o rows.parquet", "landscape connect A -o rows.parquet"],
+)
+def test_commands_that_are_wrong_would_be_noticed(line, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"bilora measure A --what random -o rows.parquet\nbilora {line}\nbilora plot rows.parquet\n")
+    with pytest.raises(Exception, match=r"Missing|No such option|needs 2 adapters"):
+        test_the_commands_are_accepted(page)
 
 
 def test_measures_figures_and_linked_files_exist():

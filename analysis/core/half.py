@@ -9,7 +9,6 @@ rounded, and with it the stream that runs through its layers, since conversions 
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector, tensor_dot
+from bilora.adapters.interrupts import Exchange
 from bilora.adapters.layers import HEADS
 
 
@@ -51,22 +51,22 @@ class HalfSpace:
         if head is not None:
             head.forward = _in_full_precision(head.forward, self.device.type)
 
-    @contextmanager
-    def perturbed(self, direction: Vector, scale: float = 1.0) -> Iterator[None]:
+    def perturbed(self, direction: Vector, scale: float = 1.0) -> Exchange:
         """Let the copy hold the rounded ``master + scale·direction`` inside the block, and run it under autocast.
 
         Raises:
             ValueError: as :meth:`WeightSpace.perturbed`.
         """
         moved = self.space.aligned(direction)
-        with torch.no_grad():
-            for name in self._moved - moved.keys():
-                self._twins[name].copy_(self.space.parameters[name])
-            for name, step in moved.items():
-                self._twins[name].copy_(torch.add(self.space.parameters[name], step, alpha=scale))
+        stale = self._moved - moved.keys()
+        self._moved = self._moved | moved.keys()  # before any copy: an interrupt must not leave one unnamed
+        for name in stale:
+            self._twins[name].data.copy_(self.space.parameters[name].detach())
+        for name, step in moved.items():
+            self._twins[name].data.copy_(torch.add(self.space.parameters[name].detach(), step, alpha=scale))
         self._moved = set(moved)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            yield
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return Exchange(autocast.__enter__, lambda: autocast.__exit__(None, None, None))
 
     @torch.no_grad()
     def realised(self, direction: Vector, scale: float = 1.0) -> tuple[float, float]:

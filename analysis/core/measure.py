@@ -62,9 +62,10 @@ class Measure:
     def offered(self) -> tuple[str, ...]:
         """The spaces it can be asked for, defaults first.
 
-        A measure of any vector of weights, of W and of the factors, can be taken in the factors' balanced gauge too.
+        A measure of any vector of weights, of W and of the factors, can be taken in the factors' balanced gauge and in
+        all parameters of the merged model too.
         """
-        return (*self.spaces, "lora_balanced") if {"full", "lora"} <= set(self.spaces) else self.spaces
+        return (*self.spaces, "lora_balanced", "all") if {"full", "lora"} <= set(self.spaces) else self.spaces
 
     def result(
         self,

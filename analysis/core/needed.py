@@ -2,7 +2,7 @@
 
 The head of a BERT-like sequence classifier reads one position, the first. In the last layer every other position is
 needed as key and value alone: its attention output and feed-forward network, nine of twelve equal matrix products, are
-never read. Leaving them out changes neither the loss nor any derivative.
+never read. Leaving them out changes neither the loss nor any derivative. (In DistilBERT the attention output is kept.)
 """
 
 from collections.abc import Iterator, Mapping
@@ -73,16 +73,18 @@ def _compared(model: nn.Module, batch: Mapping[str, Tensor]) -> nn.Module | None
 
 
 def _last_attention_output(model: nn.Module) -> nn.Module | None:
-    """The output block of the last attention of a sequence classifier built like BERT."""
+    """What follows the last attention of a sequence classifier built like BERT or DistilBERT."""
     for module in model.modules():
         if not type(module).__name__.endswith("ForSequenceClassification"):
             continue
         body = getattr(module, getattr(module, "base_model_prefix", ""), None)
-        layers = getattr(getattr(body, "encoder", None), "layer", None)
+        layers = getattr(getattr(body, "encoder", None) or getattr(body, "transformer", None), "layer", None)
         if isinstance(layers, nn.ModuleList) and len(layers):
             last = layers[-1]
-            found = getattr(getattr(last, "attention", None), "output", None)
-            if isinstance(found, nn.Module) and isinstance(getattr(last, "intermediate", None), nn.Module):
+            found = getattr(last, "sa_layer_norm", None)
+            if isinstance(getattr(last, "intermediate", None), nn.Module):
+                found = getattr(getattr(last, "attention", None), "output", None)
+            if isinstance(found, nn.Module):
                 return found
     return None
 

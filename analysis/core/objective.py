@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from analysis.core.bucketing import buckets
+from analysis.core.example_losses import ExampleLosses
 from analysis.core.needed import run_model
+from analysis.core.scores import Scores
 from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector
 from bilora.errors import UserError
@@ -74,7 +77,8 @@ class Objective:
             dataset: columns as ``collate`` takes them; examples are sorted by the length of ``input_ids`` (stable,
                 longest first) where there is such a column.
             collate: list of examples → batch.
-            batch_size: examples a batch.
+            batch_size: examples a batch at most: where lengths differ a batch may end early
+                (:func:`~analysis.core.bucketing.buckets`).
             name, shifted: as the class.
 
         Raises:
@@ -84,14 +88,12 @@ class Objective:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
         if len(dataset) == 0:
             raise UserError(f"the {name} dataset is empty: give it at least one example")
-        order = list(range(len(dataset)))
-        if "input_ids" in dataset.column_names:
-            lengths = [len(ids) for ids in dataset["input_ids"]]
-            order.sort(key=lambda i: -lengths[i])
-        batches = [
-            collate([dataset[i] for i in order[start : start + batch_size]])
-            for start in range(0, len(order), batch_size)
-        ]
+        lengths = (
+            [len(ids) for ids in dataset["input_ids"]] if "input_ids" in dataset.column_names else [1] * len(dataset)
+        )
+        order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
+        cuts = buckets([lengths[i] for i in order], batch_size)
+        batches = [collate([dataset[i] for i in order[cut]]) for cut in cuts]
         return cls(batches, name=name, shifted=shifted)
 
     def loss(self, space: WeightSpace) -> float:
@@ -99,24 +101,30 @@ class Objective:
         return self.evaluate(space)["loss"]
 
     @torch.no_grad()
-    def evaluate(self, space: WeightSpace) -> dict[str, float]:
-        """``loss``, and ``accuracy`` over the same terms where labels are classes or tokens and there are logits.
+    def evaluate(self, space: WeightSpace, examples: ExampleLosses | None = None) -> dict[str, float]:
+        """``loss``, and over the same terms ``accuracy`` where labels are classes or tokens and there are logits.
+
+        For classes also ``matthews``, Matthews correlation over all examples.
+
+        Args:
+            space: the weights.
+            examples: takes the losses of single examples.
 
         Raises:
             UserError: the model returns no loss.
         """
         losses: list[float] = []
-        correct: int | None = 0
+        scores = Scores()
         for batch, weight in zip(self.batches, self.weights, strict=True):
             moved = _to_device(batch, space)
             output = run_model(space.model, moved)
-            losses.append(weight * float(_loss_of(output).double()))
-            hits = self._correct(output, moved)
-            correct = None if correct is None or hits is None else correct + hits
+            loss, predictions = float(_loss_of(output).double()), self._predictions(output, moved)
+            losses.append(weight * loss)
+            scores.add(*predictions)
+            if examples is not None:
+                examples.add(loss, *predictions)
         values = {"loss": math.fsum(losses) / self.weight if all(map(math.isfinite, losses)) else sum(losses)}
-        if correct is not None:
-            values["accuracy"] = correct / self.weight
-        return values
+        return values | scores.metrics()
 
     def gradient(self, space: WeightSpace) -> Vector:
         """∇L with respect to the space's parameters, summed over batches in float64, in the parameters' dtype.
@@ -211,17 +219,12 @@ class Objective:
     def _targets(self, labels: Tensor) -> Tensor:
         return labels[:, 1:] if self.shifted and labels.dim() > 1 else labels
 
-    def _correct(self, output: Any, batch: Mapping[str, Tensor]) -> int | None:
-        labels = _labels(batch)
-        logits = _logits_of(output)
-        if labels is None or labels.is_floating_point() or logits is None:
-            return None
-        if logits.dim() != labels.dim() + 1 or logits.shape[-1] < 2:
-            return None
-        shifted = self.shifted and labels.dim() > 1
-        predicted = (logits[:, :-1] if shifted else logits).argmax(-1)
-        targets = self._targets(labels)
-        return int(((predicted == targets) & (targets != IGNORED)).sum())
+    def _predictions(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Logits, and the targets that stand at their places."""
+        labels, logits = _labels(batch), _logits_of(output)
+        if labels is None or logits is None:
+            return None, None
+        return logits[:, :-1] if self.shifted and labels.dim() > 1 else logits, self._targets(labels)
 
 
 class Sum:

@@ -2,8 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +16,7 @@ from analysis.core.copies import evaluation_copy, merged_copy
 from analysis.core.factors import Factors
 from analysis.core.gauge import balanced
 from analysis.core.vectors import Vector, tensor_dot
+from bilora.adapters.interrupts import Exchange
 from bilora.adapters.layers import HEADS, AdaptedLayer
 from bilora.adapters.norms import squared_product_norms
 from bilora.adapters.swap import perturbed
@@ -37,6 +37,7 @@ class WeightSpace:
 
     Attributes:
         name: ``"full"``, ``"lora"``, ``"lora_balanced"``, ``"all"`` or the pattern.
+        part: which block of the named space this is (:meth:`restricted`); empty for all of it.
         model: the copy: float32 (float64 if the user's model has float64 weights), ``eval()``, ``requires_grad`` on
             the parameters of this space alone.
         parameters: canonical name → parameter of ``model``; tied tensors once.
@@ -45,9 +46,16 @@ class WeightSpace:
     """
 
     def __init__(
-        self, name: str, model: nn.Module, parameters: dict[str, nn.Parameter], factors: dict[str, Factors]
+        self,
+        name: str,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        factors: dict[str, Factors],
+        *,
+        part: str = "",
     ) -> None:
         self.name = name
+        self.part = part
         self.model = model
         self.parameters = parameters
         self.factors = factors
@@ -192,15 +200,15 @@ class WeightSpace:
             moved[name] = vector[name].detach().to(parameter)
         return moved
 
-    def restricted(self, name: str, parameters: Iterable[str]) -> "WeightSpace":
-        """The space of some of these parameters, on the same model.
+    def restricted(self, part: str, parameters: Iterable[str]) -> "WeightSpace":
+        """The space of some of these parameters, on the same model; ``part`` says which.
 
         Raises:
             UserError: no parameter is named.
             KeyError: one that this space does not have.
         """
         chosen = {key: self.parameters[key] for key in parameters}
-        return WeightSpace(name, self.model, chosen, {})
+        return WeightSpace(self.name, self.model, chosen, {}, part=part)
 
     def flat(self, vector: Vector) -> Tensor:
         """``vector``, which must name every parameter, as one row of :attr:`size` entries in the parameters' order."""
@@ -211,40 +219,39 @@ class WeightSpace:
         parts = flat.split([p.numel() for p in self.parameters.values()])
         return {name: part.view(p.shape) for (name, p), part in zip(self.parameters.items(), parts, strict=True)}
 
-    @contextmanager
-    def perturbed(self, direction: Vector, scale: float = 1.0) -> Iterator[None]:
+    def perturbed(self, direction: Vector, scale: float = 1.0) -> Exchange:
         """Let the weights be ``parameter + scale·direction`` inside the block, then put them back bit for bit.
 
-        A parameter that ``direction`` does not name stays as it is. Backward passes must run inside the block.
+        They come back after an exception too, and whenever Ctrl+C comes. A parameter that ``direction`` does not name
+        stays as it is. Backward passes must run inside the block.
 
         Raises:
             ValueError: an unknown parameter name, or a shape that differs from the parameter's.
         """
         moved = self.aligned(direction)
-        with perturbed({self.parameters[name]: tensor for name, tensor in moved.items()}, scale):
-            yield
+        return perturbed({self.parameters[name]: tensor for name, tensor in moved.items()}, scale)
 
     @torch.no_grad()
     def induced_norm(self, direction: Vector, scale: float = 1.0) -> float:
         """Realised ‖eps_W‖ of ``perturbed(direction, scale)``, rounding of the stored weights included, in float64.
 
         In a LoRA space ``eps_W = s·((B + eps_B)(A + eps_A) − B·A) = s·[eps_B, B + eps_B]·[A; eps_A]`` for each layer,
-        whose norm is taken from the thin factors. Elsewhere it is the norm of the change itself.
+        whose norm is taken from the thin factors. Of other parameters (a head that was trained along, everything
+        outside a LoRA space) the change itself counts.
 
         Raises:
             ValueError: as :meth:`perturbed`.
         """
         changes = {name: self._change(name, step, scale) for name, step in self.aligned(direction).items()}
-        if not self.factored:
-            return math.sqrt(math.fsum(tensor_dot(change, change) for change in changes.values()))
         pairs = []
-        for layer, factors in self.factors.items():
+        for layer, factors in self.factors.items() if self.factored else ():
             B, A = factors.B.double(), factors.A.double()
-            eps_B = changes.get(f"{layer}.B", torch.zeros_like(B))
-            eps_A = changes.get(f"{layer}.A", torch.zeros_like(A))
+            eps_B = changes.pop(f"{layer}.B", torch.zeros_like(B))
+            eps_A = changes.pop(f"{layer}.A", torch.zeros_like(A))
             left = factors.scale * torch.cat([eps_B, B + eps_B], dim=1)
             pairs.append((left, torch.cat([A, eps_A], dim=0)))
-        return math.sqrt(squared_product_norms(pairs).sum().item())
+        products = squared_product_norms(pairs).sum().item() if pairs else 0.0
+        return math.sqrt(products + math.fsum(tensor_dot(change, change) for change in changes.values()))
 
     @torch.no_grad()
     def filter_norms(self) -> dict[str, Tensor]:

@@ -12,11 +12,23 @@ from analysis.core.vectors import tensor_dot
 Coefficients = NDArray[np.float64]
 
 ROWS = 16
-"""Vectors stored in one matrix; memory grows by this many."""
+"""Vectors stored in one matrix, by which memory grows, unless they are long."""
+BLOCK = 256 << 20
+"""Bytes that such a matrix takes at most, if it holds more than one vector."""
 COLUMNS = 1 << 14
 """Entries of each vector converted to float64 at a time: a tile of 2 MiB, which stays in the cache."""
 LITTLE = 0.3
 """Share of a vector's length: a remainder below it is projected again."""
+
+
+def stored_bytes(length: int, size: int, dtype: torch.dtype) -> int:
+    """Memory that a basis of ``length`` vectors takes."""
+    rows = _rows(size, dtype)
+    return -(-length // rows) * rows * size * dtype.itemsize
+
+
+def _rows(size: int, dtype: torch.dtype) -> int:
+    return max(1, min(ROWS, BLOCK // (size * dtype.itemsize)))
 
 
 class Basis:
@@ -31,18 +43,19 @@ class Basis:
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._blocks: list[Tensor] = []
         self._size, self._dtype, self.device = size, dtype, device
+        self._rows = _rows(size, dtype)
         self.length = 0
 
     def append(self, vector: Tensor) -> None:
         """Add a row."""
-        if self.length == len(self._blocks) * ROWS:
-            self._blocks.append(torch.empty(ROWS, self._size, dtype=self._dtype, device=self.device))
-        self._blocks[-1][self.length % ROWS] = vector
+        if self.length == len(self._blocks) * self._rows:
+            self._blocks.append(torch.empty(self._rows, self._size, dtype=self._dtype, device=self.device))
+        self._blocks[-1][self.length % self._rows] = vector
         self.length += 1
 
     def row(self, index: int) -> Tensor:
         """Row ``index``, (size,)."""
-        return self._blocks[index // ROWS][index % ROWS]
+        return self._blocks[index // self._rows][index % self._rows]
 
     def products(self, vector: Tensor) -> Tensor:
         """⟨row, vector⟩ of every row, (length,), float64."""
@@ -90,7 +103,7 @@ class Basis:
     def truncate(self, length: int) -> None:
         """Forget the rows from ``length`` on."""
         self.length = min(self.length, length)
-        del self._blocks[-(-self.length // ROWS) :]
+        del self._blocks[-(-self.length // self._rows) :]
 
     def residual_norms(self, images: "Basis", coefficients: Coefficients, values: Coefficients) -> Coefficients:
         """‖Σ_i c_ij·images_i − values_j·Σ_i c_ij·row_i‖ of every column j of ``coefficients``, (m,)."""
@@ -109,7 +122,7 @@ class Basis:
             columns = slice(start, start + COLUMNS)
             tiles = []
             for i, block in enumerate(self._blocks):
-                rows = slice(i * ROWS, min((i + 1) * ROWS, self.length))
+                rows = slice(i * self._rows, min((i + 1) * self._rows, self.length))
                 tiles.append((rows, block[: rows.stop - rows.start, columns].double()))
             yield columns, tiles
 

@@ -28,7 +28,7 @@ def blocks_of(space: WeightSpace, by: str = "layer") -> dict[str, WeightSpace]:
         raise UserError(
             f"no parameter of the {space.name} space matches {by!r}: one is {next(iter(space.parameters))!r}"
         )
-    return {block: space.restricted(space.name, chosen) for block, chosen in names.items()}
+    return {block: space.restricted(block, chosen) for block, chosen in names.items()}
 
 
 def layer_of(parameter: str) -> str:

@@ -4,7 +4,8 @@
 
 A run is ``m`` Lanczos steps from a random unit vector v: θ_k and ``w_k = (first entry of eigenvector k)²`` are the
 nodes and weights of the Gauss rule for ``vᵀ·f(H)·v``, exact for polynomials f of degree ≤ 2m − 1, and the mean of
-``vᵀ·f(H)·v`` over v is ``tr f(H)/n``. So the trace and the Frobenius norm are unbiased from two steps on; where f has a
+``vᵀ·f(H)·v`` over v is ``tr f(H)/n``. So the trace and the square of the Frobenius norm are unbiased from two
+steps on; where f has a
 kink (the share of negative curvature) the rule itself errs by about the weight of the nodes next to it.
 
 Lin, Saad, Yang 2016 (Approximating spectral densities of large matrices); Ghorbani, Krishnan, Xiao 2019. All basis
@@ -28,12 +29,13 @@ from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
 from analysis.core.vectors import tensor_dot
-from analysis.curvature.basis import ROWS, Basis, Coefficients
+from analysis.curvature.basis import Basis, Coefficients, stored_bytes
 from analysis.curvature.factory import Curvature, curvature_operator
 from analysis.curvature.graphs import Graphs
 from analysis.curvature.operator import SymmetricOperator
 from analysis.curvature.probes import gaussian
-from analysis.settings import MeasureSettings, Radius
+from analysis.curvature.settings import CurvatureSettings
+from analysis.settings import Radius
 
 MEMORY = 2 << 30
 """Bytes that the bases of runs advanced together may take."""
@@ -46,13 +48,11 @@ Scale = Literal["symlog", "linear"]
 Numbers = TypeVar("Numbers", float, Coefficients)
 
 
-class DensitySettings(MeasureSettings):
+class DensitySettings(CurvatureSettings):
     """Settings of the measure ``density``, described at :func:`spectral_density` and :class:`SpectralDensity`."""
 
     runs: int = pydantic.Field(default=8, ge=1, description="random starts")
     steps: int = pydantic.Field(default=40, ge=2, description="Lanczos steps of each run")
-    seed: int = pydantic.Field(default=0, ge=0, description="of the random starts")
-    curvature: Curvature = pydantic.Field(default="hessian", description="hessian or ggn")
     scale: Scale = pydantic.Field(default="symlog", description="axis of grid and kernel: symlog or linear")
     points: int = pydantic.Field(default=201, ge=2, description="grid points")
     bounds: tuple[float, float] | None = pydantic.Field(
@@ -107,6 +107,7 @@ class SpectralDensity:
     space: str
     split: str
     label: str  # the operator's: "" for the exact Hessian
+    part: str = ""  # which block of the space
     scale: Scale = "symlog"  # the axis on which rows() spaces its grid and smooths
     points: int = 201  # of that grid
     bounds: tuple[float, float] | None = None  # of that grid
@@ -176,7 +177,7 @@ class SpectralDensity:
     def rows(self) -> list[dict[str, Any]]:
         """``density`` (radius: the eigenvalue, index: the grid point) and the summaries, each with its standard error;
         ``effective_dimension`` has its alpha as radius; ``runs``; ``products``."""
-        common: dict[str, Any] = {"space": self.space, "split": self.split, "kind": self.label}
+        common: dict[str, Any] = {"space": self.space, "split": self.split, "kind": self.label, "layer": self.part}
 
         def estimated(quantity: str, found: Estimated[float], **columns: Any) -> dict[str, Any]:
             return row("density", quantity, found.value, standard_error=found.standard_error, **columns, **common)
@@ -249,6 +250,7 @@ def spectral_density(
             size=operator.size,
             products=operator.products,
             space=space.name,
+            part=space.part,
             split=objective.name,
             label=operator.label,
         )
@@ -294,8 +296,7 @@ def _quadrature(
     A run that was cut short has the rule of the steps it made.
     """
     steps = min(steps, operator.size)
-    stored = ROWS * math.ceil(steps / ROWS) * operator.size * torch.finfo(operator.dtype).bits // 8
-    together = max(1, memory // stored)
+    together = max(1, memory // stored_bytes(steps, operator.size, operator.dtype))
     before, most = operator.products, runs * steps
     rules: list[Rule] = []
     group: list[_Run] = []
@@ -411,7 +412,7 @@ def _run(
     watch: Watch | None = None,
 ) -> SpectralDensity:
     shown = {"scale", "points", "bounds", "alphas"}
-    found = spectral_density(objective, space, **settings.model_dump(exclude=shown), watch=watch)
+    found = spectral_density(objective, space, **settings.arguments(exclude=shown), watch=watch)
     return replace(found, **settings.model_dump(include=shown))
 
 

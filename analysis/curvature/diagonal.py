@@ -41,6 +41,7 @@ class Diagonal:
     space: str
     split: str
     label: str  # the operator's: "" for the exact Hessian
+    part: str = ""  # which block of the space
 
 
 def diagonal(
@@ -78,6 +79,7 @@ def diagonal(
             standard_error=space.named_vector(error.to(operator.dtype)),
             products=operator.products,
             space=space.name,
+            part=space.part,
             split=objective.name,
             label=operator.label,
         )

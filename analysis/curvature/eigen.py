@@ -1,39 +1,36 @@
 """The largest Hessian eigenvalues, each with its true residual."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pydantic
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from analysis.core.measure import Interrupted, Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
-from analysis.core.vectors import Vector, tensor_dot
+from analysis.core.vectors import Vector
 from analysis.curvature.basis import Coefficients
 from analysis.curvature.differences import Differences
 from analysis.curvature.factory import Curvature, curvature_operator
 from analysis.curvature.graphs import Graphs
-from analysis.curvature.lanczos import Ritz, Which, lanczos, rounding_floor, wanted
+from analysis.curvature.lanczos import Which, lanczos, rounding_floor, wanted
 from analysis.curvature.operator import CurvatureOperator
+from analysis.curvature.pairs import rayleigh, ritz_pairs, with_exact_errors
 from analysis.curvature.pyhessian_solver import pyhessian_eigenpairs
 from analysis.curvature.scipy_solver import eigsh_vectors
-from analysis.settings import MeasureSettings
+from analysis.curvature.settings import CurvatureSettings
+from analysis.curvature.start import Start, first_block
 from bilora.errors import UserError
 from bilora.seeds import generator_for
 
 Backend = Literal["lanczos", "pyhessian", "scipy"]
-Start = Literal["gradient", "random"]
 
-RANDOM_SHARE = 0.03
-"""Length of the random part of a start, relative to the gradient's or the given vectors'."""
 BASIS_BUDGET = 4 << 30
 """Bytes that Lanczos vectors and their products take at most, unless k needs more."""
 
@@ -42,7 +39,7 @@ BASIS_BUDGET = 4 << 30
 class Spectrum:
     """Eigenvalues of the Hessian of the mean loss in one space, the most wanted first."""
 
-    values: Coefficients  # (k,)
+    values: Coefficients  # (k,), fewer where ARPACK found fewer
     residuals: Coefficients  # (k,) ‖H·v − λ·v‖/|λ|, from products
     converged: NDArray[np.bool_]  # (k,) residual ≤ tolerance, or zero as far as products in the weights' dtype can tell
     products: int  # operator–vector products, those of the residuals included
@@ -52,11 +49,12 @@ class Spectrum:
     which: str
     label: str = ""  # what the operator is, where it is not the exact Hessian
     vectors: tuple[Vector, ...] = ()  # k unit vectors, if asked for
+    part: str = ""  # which block of the space
 
     def rows(self) -> list[dict[str, Any]]:
         """``eigenvalue`` with its residual and ``converged`` (1 or 0) for each rank from 1, and ``products``."""
         kind = " ".join(word for word in (self.label, "" if self.which == "magnitude" else self.which) if word)
-        common: dict[str, Any] = {"space": self.space, "split": self.split, "kind": kind}
+        common: dict[str, Any] = {"space": self.space, "split": self.split, "kind": kind, "layer": self.part}
         rows = []
         for i, value in enumerate(self.values):
             rows.append(row("spectrum", "eigenvalue", value, index=i + 1, residual=float(self.residuals[i]), **common))
@@ -100,20 +98,22 @@ def top_eigenvalues(
         which: largest magnitude, largest, smallest (most negative), or both ends in turn.
         seed: of the random start or restarts.
         start: first Lanczos vector. The gradient saves products and costs one gradient at most. Eigenvectors of a
-            nearby point (another adapter of the same base model: ``Spectrum.vectors``) save more; their sum is used. A
-            little noise is added, for either may be blind to what is wanted.
+            nearby point (another adapter of the same base model: ``Spectrum.vectors``) save more: give them in their
+            order, for the last get the largest share. A little noise is added: either may be blind to what is wanted.
         block: Lanczos vectors a step; above 1 finds multiple eigenvalues, for more products.
         max_basis: Lanczos vectors kept before a restart, each with its product. Default: all, up to 4 GiB.
         curvature: ``"hessian"``, or ``"ggn"`` for the generalised Gauss–Newton matrix.
         backend: a second opinion on the same operator or objective. ``"pyhessian"`` runs PyHessian's power iteration
             (``which="magnitude"`` of the Hessian alone; ``tolerance`` is then the change of the eigenvalue between two
             of its iterations and ``max_products`` the iterations for each pair); ``"scipy"`` runs ARPACK, which counts
-            restarts and may go beyond ``max_products`` by one. The residuals are ours in any case.
+            restarts, may make a few products more, and returns no pair but those it finds converged. The residuals
+            are ours in any case.
         graphs: keep the gradient's graphs between products, rebuild them, or keep as many as leave half of the
             memory free.
         autocast: dtype in which the model runs, with the float32 weights as masters.
         differences: ``"central"`` or ``"one-sided"`` differences of the gradient instead of exact products, for a quick
-            look: residuals stay near 1e-2. They are taken from exact products, one a pair.
+            look: residuals stay near 1e-2. With them, and under autocast, residuals are taken from exact products in
+            the weights' own precision, one a pair.
         vectors: return the eigenvectors as well: ``k`` times the memory of the weights.
         watch: told of (products so far, ``max_products``, the worst residual).
 
@@ -123,9 +123,10 @@ def top_eigenvalues(
     Raises:
         UserError: a setting out of range, or a loss that is not finite or does not depend on the space.
         Interrupted: ``KeyboardInterrupt`` after the first product of our own Lanczos; its ``result`` is the spectrum so
-            far. Residuals of differences are not known then: NaN, and nothing has converged.
+            far. Residuals of differences and under autocast are not known then: NaN, and nothing has converged.
     """
-    _check(space, k, tolerance, max_products, which, backend, start, block, max_basis, curvature, differences)
+    _check(space, k, tolerance, max_products, which, backend, start, block, max_basis, curvature, differences, autocast)
+    inexact = differences is not None or autocast is not None
     with curvature_operator(
         objective, space, curvature, graphs=graphs, autocast=autocast, differences=differences
     ) as operator:
@@ -133,7 +134,7 @@ def top_eigenvalues(
             generator = generator_for("lanczos", seed)
             ritz = lanczos(
                 operator,
-                _start(operator, start, block, generator),
+                first_block(operator, start, block, generator),
                 k,
                 which=which,
                 tolerance=tolerance,
@@ -142,108 +143,36 @@ def top_eigenvalues(
                 generator=generator,
                 watch=watch,
             )
-            found = _of_ritz(ritz, vectors=vectors or differences is not None)
-            if differences is not None and not ritz.interrupted:
-                found = _exact(objective, space, found)
-            products, interrupted = operator.products + found.products, ritz.interrupted
+            found = ritz_pairs(ritz, vectors=vectors or inexact)
         elif backend == "scipy":
-            candidates = eigsh_vectors(operator, k, which, tolerance, max_products, seed, watch)
-            found = _rayleigh(operator, candidates)
-            products, interrupted = operator.products, False
+            found = rayleigh(operator, eigsh_vectors(operator, k, which, tolerance, max_products, seed, watch))
         else:
-            theirs, named, made = pyhessian_eigenpairs(objective, space, k, tolerance, max_products, seed)
-            found = _rayleigh(operator, [space.flat(v) for v in named], theirs)
-            products, interrupted = operator.products + made, False
+            theirs, named, made = pyhessian_eigenpairs(objective, space, k, tolerance, max_products, seed, watch)
+            found = replace(rayleigh(operator, [space.flat(v) for v in named], theirs), products=made)
         label = operator.label
+    if inexact:
+        found = with_exact_errors(objective, space, curvature, found)
     order = wanted(found.values, which)
     values, errors = found.values[order], found.errors[order]
     with np.errstate(divide="ignore", invalid="ignore"):
         residuals = np.where(errors == 0, 0.0, errors / np.abs(values))
-    if interrupted and differences is not None:  # their own products say nothing of the exact ones
-        residuals = np.full(len(values), np.nan)
     floor = found.floor or rounding_floor(values, operator.dtype)
     spectrum = Spectrum(
         values=values,
         residuals=residuals,
         converged=(residuals <= tolerance) | ((errors <= floor) & (np.abs(values) <= floor)),
-        products=products,
+        products=operator.products + found.products,
         space=space.name,
+        part=space.part,
         split=objective.name,
         backend=backend,
         which=which,
         label=label,
         vectors=tuple(space.named_vector(found.vectors[i]) for i in order) if vectors else (),
     )
-    if interrupted:
+    if found.interrupted:
         raise Interrupted(spectrum)
     return spectrum
-
-
-@dataclass(frozen=True, eq=False)
-class _Pairs:
-    values: Coefficients
-    errors: Coefficients
-    vectors: list[Tensor]  # of length 1, in the weights' dtype
-    products: int = 0  # made besides the operator's
-    floor: float = 0.0  # error at the rounding of products, where more of the spectrum is known than the values
-
-
-def _of_ritz(ritz: Ritz, *, vectors: bool) -> _Pairs:
-    dtype = ritz.basis.row(0).dtype
-    found = [ritz.vector(i).to(dtype) for i in range(len(ritz.values))] if vectors else []
-    return _Pairs(ritz.values, ritz.errors, found, floor=ritz.floor)
-
-
-def _exact(objective: Objective, space: WeightSpace, found: _Pairs) -> _Pairs:
-    """Approximate pairs with the errors that exact products show; the values stay what the differences gave."""
-    with curvature_operator(objective, space, graphs="rebuild") as exact:
-        errors = _rayleigh(exact, found.vectors, list(found.values)).errors
-        return _Pairs(found.values, errors, found.vectors, exact.products, found.floor)
-
-
-def _rayleigh(operator: CurvatureOperator, vectors: Sequence[Tensor], values: Sequence[float] | None = None) -> _Pairs:
-    """Unit vectors with their Rayleigh quotients, unless ``values`` are given, and errors."""
-    units = torch.stack([(v.double() / tensor_dot(v, v) ** 0.5).to(operator.dtype) for v in vectors])
-    found, errors = [], []
-    for i, (unit, product) in enumerate(zip(units, operator.matmat(units), strict=True)):
-        value = tensor_dot(unit, product) if values is None else float(values[i])
-        rest = product.double() - value * unit.double()
-        found.append(value)
-        errors.append(tensor_dot(rest, rest) ** 0.5)
-    return _Pairs(np.array(found), np.array(errors), list(units))
-
-
-def _start(
-    operator: CurvatureOperator, start: Start | Sequence[Vector], block: int, generator: torch.Generator
-) -> Tensor:
-    rows = torch.randn(block, operator.size, generator=generator).to(operator.device, operator.dtype)
-    if start == "random":
-        return rows
-    first = operator.gradient() if start == "gradient" else _sum_of(start, operator.space)
-    length = tensor_dot(first, first) ** 0.5
-    if length:
-        # A gradient, or another point's eigenvectors, may have no part in what is wanted here.
-        rows[0] = first / length + rows[0] * (RANDOM_SHARE / tensor_dot(rows[0], rows[0]) ** 0.5)
-    return rows
-
-
-def _sum_of(vectors: Any, space: WeightSpace) -> Tensor:
-    total = torch.zeros(space.size, dtype=torch.float64, device=space.device)
-    for vector in vectors:
-        if not isinstance(vector, Mapping) or vector.keys() != space.parameters.keys():
-            raise UserError(
-                f"a start vector does not name exactly the parameters of the {space.name} space: "
-                "give Spectrum.vectors of the same space"
-            )
-        try:
-            flat = space.flat(space.aligned(dict(vector))).double()
-        except ValueError as error:
-            raise UserError(f"a start vector does not fit the {space.name} space: {error}") from error
-        length = tensor_dot(flat, flat) ** 0.5
-        if not math.isfinite(length) or not length:
-            raise UserError("a start vector is zero or not finite: give eigenvectors of a nearby point")
-        total += flat / length
-    return total
 
 
 def _default_basis(operator: CurvatureOperator, k: int, block: int, max_products: int) -> int:
@@ -264,6 +193,7 @@ def _check(
     max_basis: int | None,
     curvature: str,
     differences: str | None,
+    autocast: torch.dtype | None,
 ) -> None:
     if which not in ("magnitude", "largest", "smallest", "both"):
         raise UserError(f"which is {which!r}: choose magnitude, largest, smallest or both")
@@ -273,7 +203,7 @@ def _check(
         raise UserError("start holds no vector: choose gradient or random, or give eigenvectors of a nearby point")
     if backend not in ("lanczos", "pyhessian", "scipy"):
         raise UserError(f"backend is {backend!r}: choose lanczos, pyhessian or scipy")
-    problem = _combination(which, k, backend, curvature, differences)
+    problem = _combination(which, k, backend, curvature, differences, autocast)
     if problem:
         raise UserError(problem)
     if not 1 <= k <= space.size:
@@ -288,10 +218,12 @@ def _check(
         raise UserError(f"max_basis is {max_basis}: {k} pairs in blocks of {block} need at least {k + 2 * block + 1}")
 
 
-def _combination(which: str, k: int, backend: str, curvature: str, differences: str | None) -> str:
+def _combination(
+    which: str, k: int, backend: str, curvature: str, differences: str | None, autocast: object | None
+) -> str:
     """What is wrong with settings that are right one by one; empty if nothing is."""
-    if backend == "pyhessian" and (which != "magnitude" or curvature != "hessian" or differences):
-        return "PyHessian finds Hessian eigenvalues of largest magnitude alone: use backend='lanczos'"
+    if backend == "pyhessian" and (which != "magnitude" or curvature != "hessian" or differences or autocast):
+        return "PyHessian finds exact Hessian eigenvalues of largest magnitude alone: use backend='lanczos'"
     if backend == "scipy" and which == "both" and k == 1:
         return "ARPACK needs k of 2 or more for both ends: use backend='lanczos'"
     if differences is not None and curvature == "ggn":
@@ -299,16 +231,14 @@ def _combination(which: str, k: int, backend: str, curvature: str, differences: 
     return ""
 
 
-class SpectrumSettings(MeasureSettings):
+class SpectrumSettings(CurvatureSettings):
     """Settings of the measure ``spectrum``."""
 
     k: int = pydantic.Field(default=5, ge=1, le=1000, description="number of eigenvalues")
     tolerance: float = pydantic.Field(default=1e-2, gt=0, lt=1, description="relative residual of a converged pair")
     max_products: int = pydantic.Field(default=100, ge=1, description="operator–vector products at most")
-    seed: int = pydantic.Field(default=0, ge=0, description="of the random restarts")
     which: Which = pydantic.Field(default="magnitude", description="magnitude, largest, smallest or both")
     block: int = pydantic.Field(default=1, ge=1, le=100, description="Lanczos vectors a step")
-    curvature: Curvature = pydantic.Field(default="hessian", description="hessian or ggn")
     differences: Differences | None = pydantic.Field(default=None, description="central or one-sided, for a quick look")
     backend: Backend = pydantic.Field(default="lanczos", description="lanczos, pyhessian or scipy")
 
@@ -316,7 +246,7 @@ class SpectrumSettings(MeasureSettings):
     def _enough_products(self) -> "SpectrumSettings":
         if self.max_products < self.k:
             raise ValueError(f"max_products must be at least {self.k} for k = {self.k}")
-        problem = _combination(self.which, self.k, self.backend, self.curvature, self.differences)
+        problem = _combination(self.which, self.k, self.backend, self.curvature, self.differences, self.autocast)
         if problem:
             raise ValueError(problem)
         return self
@@ -329,7 +259,7 @@ def _run(
     trained: Trained | None,
     watch: Watch | None = None,
 ) -> Spectrum:
-    return top_eigenvalues(objective, space, **settings.model_dump(), watch=watch)
+    return top_eigenvalues(objective, space, **settings.arguments(), watch=watch)
 
 
 MEASURE = Measure(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pydantic
+import torch
 
 from analysis.core.measure import Interrupted, Measure, Watch
 from analysis.core.objective import Objective
@@ -14,8 +15,8 @@ from analysis.curvature.blocks import blocks_of
 from analysis.curvature.eigen import Spectrum, top_eigenvalues
 from analysis.curvature.factory import Curvature
 from analysis.curvature.graphs import Graphs
+from analysis.curvature.settings import CurvatureSettings
 from analysis.curvature.trace import Trace, trace
-from analysis.settings import MeasureSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,8 @@ class LayerCurvature:
     blocks: dict[str, tuple[Spectrum, Trace]]
 
     def rows(self) -> list[dict[str, Any]]:
-        """``eigenvalue`` with its residual, ``converged`` (1 or 0) and ``trace`` with its standard error, by layer."""
+        """``eigenvalue`` with its residual and ``converged`` (1 or 0), ``trace`` with its standard error and
+        ``trace_converged``, by layer."""
         rows = []
         for name, (spectrum, found) in self.blocks.items():
             common = {"space": spectrum.space, "split": spectrum.split, "kind": spectrum.label, "layer": name}
@@ -34,6 +36,7 @@ class LayerCurvature:
                 row("layers", "eigenvalue", spectrum.values[0], index=1, residual=residual, **common),
                 row("layers", "converged", float(spectrum.converged[0]), index=1, **common),
                 row("layers", "trace", found.value, standard_error=found.standard_error, **common),
+                row("layers", "trace_converged", float(found.converged), **common),
             ]
         return rows
 
@@ -49,6 +52,7 @@ def layer_curvature(
     seed: int = 0,
     curvature: Curvature = "hessian",
     graphs: Graphs = "auto",
+    autocast: torch.dtype | None = None,
     watch: Watch | None = None,
 ) -> LayerCurvature:
     """Top eigenvalue by magnitude, and trace, of the diagonal block that belongs to each layer.
@@ -62,7 +66,7 @@ def layer_curvature(
         max_products: for each eigenvalue, and for each trace.
         seed: of probes and restarts.
         curvature: ``"hessian"`` or ``"ggn"``.
-        graphs: as in :func:`~analysis.curvature.eigen.top_eigenvalues`.
+        graphs, autocast: as in :func:`~analysis.curvature.eigen.top_eigenvalues`.
         watch: told of (blocks done, blocks, the present one with its products and residual or error).
 
     Raises:
@@ -70,7 +74,13 @@ def layer_curvature(
         Interrupted: ``KeyboardInterrupt`` after the first block; its ``result`` holds the blocks finished.
     """
     blocks = blocks_of(space, by)
-    common: dict[str, Any] = {"max_products": max_products, "seed": seed, "curvature": curvature, "graphs": graphs}
+    common: dict[str, Any] = {
+        "max_products": max_products,
+        "seed": seed,
+        "curvature": curvature,
+        "graphs": graphs,
+        "autocast": autocast,
+    }
     found: dict[str, tuple[Spectrum, Trace]] = {}
     try:
         for name, part in blocks.items():
@@ -95,15 +105,13 @@ def _inside(watch: Watch | None, done: int, blocks: int, name: str) -> Watch | N
     return tell
 
 
-class LayersSettings(MeasureSettings):
+class LayersSettings(CurvatureSettings):
     """Settings of the measure ``layers``."""
 
     by: str = pydantic.Field(default="layer", description="layer, number, kind or a regular expression")
     tolerance: float = pydantic.Field(default=1e-2, gt=0, lt=1, description="relative residual of a converged pair")
     trace_tolerance: float = pydantic.Field(default=0.1, gt=0, lt=1, description="relative standard error of a trace")
     max_products: int = pydantic.Field(default=60, ge=12, description="for each eigenvalue, and for each trace")
-    seed: int = pydantic.Field(default=0, ge=0, description="of probes and restarts")
-    curvature: Curvature = pydantic.Field(default="hessian", description="hessian or ggn")
 
 
 def _run(
@@ -113,7 +121,7 @@ def _run(
     trained: Trained | None,
     watch: Watch | None = None,
 ) -> LayerCurvature:
-    return layer_curvature(objective, space, **settings.model_dump(), watch=watch)
+    return layer_curvature(objective, space, **settings.arguments(), watch=watch)
 
 
 MEASURE = Measure(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
-from torch import Tensor
+from torch import Tensor, nn
 
 from analysis.core.objective import Objective
 from analysis.core.space import WeightSpace
@@ -52,7 +52,7 @@ class CurvatureOperator(ABC):
 
     Args:
         objective: the mean loss.
-        space: where, and with respect to which weights. They must not change during the operator's life.
+        space: where, and with respect to which weights. The model must not change during the operator's life.
 
     Attributes:
         size, dtype, device: of vectors: entries of the space, and what its weights have.
@@ -74,7 +74,7 @@ class CurvatureOperator(ABC):
         self.products = 0
         parameter = next(iter(space.parameters.values()))
         self.dtype, self.device = parameter.dtype, parameter.device
-        self._at = _addresses(space)
+        self._at = _state(space.model)
         shared = dist.is_available() and dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         self._world = world
@@ -86,7 +86,7 @@ class CurvatureOperator(ABC):
         Raises:
             UserError: the loss or the product is not finite, or the loss depends on no parameter of the space.
             ValueError: the vector does not fit the space.
-            RuntimeError: the space's weights were changed since the operator was made.
+            RuntimeError: the space's model was changed since the operator was made.
         """
         return self.many([vector])[0]
 
@@ -148,10 +148,15 @@ class CurvatureOperator(ABC):
             rows = torch.from_numpy(np.ascontiguousarray(columns.T))
             return self.matmat(rows).double().cpu().numpy().T
 
+        def matvec(column: NDArray[np.float64]) -> NDArray[np.float64]:
+            return matmat(column.reshape(-1, 1)).reshape(-1)
+
         return LinearOperator(
             shape=(self.size, self.size),
-            matvec=lambda column: matmat(column.reshape(-1, 1)).reshape(-1),
+            matvec=matvec,
+            rmatvec=matvec,
             matmat=matmat,
+            rmatmat=matmat,
             dtype=np.dtype(np.float64),
         )
 
@@ -198,9 +203,11 @@ class CurvatureOperator(ABC):
             dist.all_reduce(totals)
 
     def _check_point(self) -> None:
-        if _addresses(self.space) != self._at:
-            raise RuntimeError("the weights were changed since this operator was made: make one at the new point")
+        if _state(self.space.model) != self._at:
+            raise RuntimeError("the model was changed since this operator was made: make one at the new point")
 
 
-def _addresses(space: WeightSpace) -> list[tuple[int, int]]:
-    return [(p.data_ptr(), p._version) for p in space.parameters.values()]
+def _state(model: nn.Module) -> list[tuple[int, int]]:
+    """Changes when a weight of the model is replaced or changed, or a module starts or ends training."""
+    weights = [(p.data_ptr(), p._version) for p in model.parameters()]
+    return [*weights, *((id(module), module.training) for module in model.modules())]

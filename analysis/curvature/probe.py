@@ -40,7 +40,7 @@ def check_autocast(autocast: torch.dtype | None) -> None:
 
 @torch.no_grad()
 def check_deterministic(objective: Objective, space: WeightSpace) -> None:
-    """Two passes over the smallest batch must agree; the global random state is left as it was.
+    """Two passes over the largest batch must agree; the global random state is left as it was.
 
     Raises:
         UserError: active dropout or batch statistics, or a loss that differs between the passes.
@@ -53,11 +53,13 @@ def check_deterministic(objective: Objective, space: WeightSpace) -> None:
         if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise UserError(f"{name} is active dropout: call space.model.eval() first")
     sizes = [sum(tensor.numel() for tensor in batch.values()) for batch in objective.batches]
-    index = sizes.index(min(sizes))
+    index = sizes.index(max(sizes))  # where something drawn an example is seen most surely
     with torch.random.fork_rng([space.device] if space.device.type == "cuda" else []):
         first, second = (float(objective.batch_value(space, index)) for _ in range(2))
+    training = any(module.training for module in space.model.modules())
+    cure = "call space.model.eval() first" if training else "switch them off in its forward"
     if math.isfinite(first) and not math.isclose(first, second, rel_tol=ROUNDING, abs_tol=1e-12):
         raise UserError(
-            f"the loss of one batch was {first:.9g}, then {second:.9g}: the model draws random numbers; "
-            "switch them off in its forward, for there is no one Hessian"
+            f"the loss of one batch was {first:.9g}, then {second:.9g}: the model draws random numbers, "
+            f"so that there is no one Hessian; {cure}"
         )

@@ -1,7 +1,7 @@
 """PyHessian (Yao et al. 2020) on our objective, as a second opinion."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from pyhessian import hessian
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from analysis.core.measure import Watch
 from analysis.core.objective import Objective
 from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector
@@ -44,17 +45,26 @@ def pyhessian_engine(objective: Objective, space: WeightSpace, seed: int) -> Ite
 
 
 def pyhessian_eigenpairs(
-    objective: Objective, space: WeightSpace, k: int, tolerance: float, max_iterations: int, seed: int
+    objective: Objective,
+    space: WeightSpace,
+    k: int,
+    tolerance: float,
+    max_iterations: int,
+    seed: int,
+    watch: Watch | None = None,
 ) -> tuple[list[float], list[Vector], int]:
     """The ``k`` eigenpairs of largest magnitude as PyHessian finds them, and the products it made.
 
     Args:
         tolerance: relative change of the eigenvalue between two iterations at which PyHessian stops.
         max_iterations: per eigenpair.
+        watch: told of (products so far, ``k·max_iterations``, "").
     """
     names = {parameter: name for name, parameter in space.parameters.items()}
     ordered = [names[p] for p in space.model.parameters() if p in names]
     with pyhessian_engine(objective, space, seed) as (engine, adapter):
+        if watch is not None:
+            adapter.each_product = lambda products: watch(products, k * max_iterations, "")
         values, vectors = engine.eigenvalues(maxIter=max_iterations, tol=tolerance, top_n=k)
     named = [dict(zip(ordered, (part.detach() for part in vector), strict=True)) for vector in vectors]
     return [float(value) for value in values], named, adapter.products
@@ -82,6 +92,7 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = space.model
         self.losses = 0
+        self.each_product: Callable[[int], None] = lambda products: None
         self._objective = objective
         self._space = space
 
@@ -92,6 +103,8 @@ class LossModel(nn.Module):
 
     def forward(self, index: Tensor) -> Tensor:
         self.losses += 1
+        if self.losses % len(self._objective.batches) == 0:
+            self.each_product(self.products)
         loss = self._objective.batch_loss(self._space, int(index[0]))
         # PyHessian fails on a parameter without a gradient: give every parameter one, which is exactly zero.
         return loss + sum((p * p).sum() for p in self._space.parameters.values()) * 0.0

@@ -29,7 +29,7 @@ class StoredSecondDerivatives(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in ELEMENTWISE and _differentiable(args[0]):
+        if func in ELEMENTWISE and args and _differentiable(args[0]) and not kwargs.get("inplace"):
             return _Curve.apply(args[0], lambda x: func(x, *args[1:], **kwargs))
         if func is F.layer_norm:
             return _layer_norm(*args, **kwargs)

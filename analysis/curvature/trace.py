@@ -40,7 +40,7 @@ from analysis.curvature.graphs import Graphs
 from analysis.curvature.operator import SymmetricOperator
 from analysis.curvature.probes import PROBES, gaussian, rademacher
 from analysis.curvature.pyhessian_solver import pyhessian_engine
-from analysis.settings import MeasureSettings
+from analysis.curvature.settings import CurvatureSettings
 from bilora.errors import UserError
 
 Backend = Literal["xtrace", "hutchinson", "pyhessian"]
@@ -49,19 +49,17 @@ LEAST = 12
 """Products before an estimate is checked: the spread of fewer samples is no standard error."""
 
 
-class TraceSettings(MeasureSettings):
+class TraceSettings(CurvatureSettings):
     """Settings of the measure ``trace``, described at :func:`trace`."""
 
     tolerance: float = pydantic.Field(default=0.05, gt=0, lt=1, description="standard error relative to the trace")
     max_products: int = pydantic.Field(default=200, ge=4, description="products at most")
-    seed: int = pydantic.Field(default=0, ge=0, description="of the probes")
-    curvature: Curvature = pydantic.Field(default="hessian", description="hessian or ggn")
     backend: Backend = pydantic.Field(default="xtrace", description="xtrace, hutchinson or pyhessian")
 
     @pydantic.model_validator(mode="after")
     def _one_curvature(self) -> "TraceSettings":
-        if self.backend == "pyhessian" and self.curvature != "hessian":
-            raise ValueError("PyHessian multiplies by the Hessian alone: use backend='xtrace'")
+        if self.backend == "pyhessian" and (self.curvature != "hessian" or self.autocast):
+            raise ValueError("PyHessian multiplies by the exact Hessian alone: use backend='xtrace'")
         return self
 
 
@@ -84,10 +82,11 @@ class Trace(TraceEstimate):
     split: str
     label: str  # the operator's: "" for the exact Hessian
     backend: str
+    part: str = ""  # which block of the space
 
     def rows(self) -> list[dict[str, Any]]:
         """``trace`` with its standard error, ``products`` and ``converged`` (1 or 0)."""
-        common = {"space": self.space, "split": self.split, "kind": self.label}
+        common = {"space": self.space, "split": self.split, "kind": self.label, "layer": self.part}
         return [
             row("trace", "trace", self.value, standard_error=self.standard_error, **common),
             row("trace", "products", self.products, **common),
@@ -150,7 +149,7 @@ def trace(
             running = estimates(operator, tolerance, max_products, seed)
             found, interrupted = _last(running, max_products, watch, keep=True)
             label = operator.label
-    result = Trace(**vars(found), space=space.name, split=objective.name, label=label, backend=backend)
+    result = Trace(**vars(found), space=space.name, part=space.part, split=objective.name, label=label, backend=backend)
     if interrupted:
         raise Interrupted(result)
     return result
@@ -361,7 +360,7 @@ def _run(
     trained: Trained | None,
     watch: Watch | None = None,
 ) -> Trace:
-    return trace(objective, space, **settings.model_dump(), watch=watch)
+    return trace(objective, space, **settings.arguments(), watch=watch)
 
 
 MEASURE = Measure(

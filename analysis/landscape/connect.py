@@ -8,6 +8,7 @@ Two minima are linearly connected where the barrier is zero or below. The chord 
 maximum is taken between the ends, where a convex loss has a negative one; on a grid it is a lower bound.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from pydantic import Field
 
 from analysis.core.measure import Watch
@@ -24,7 +26,10 @@ from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector, norm
 from analysis.landscape.adapter_plane import check_comparable
 from analysis.landscape.plane import difference, fitting, refuse_non_finite, weights_of
+from analysis.landscape.points import Points
+from analysis.landscape.store import Key, PointStore
 from analysis.settings import MeasureSettings
+from bilora.adapters.interrupts import Exchange
 from bilora.adapters.swap import swapped
 from bilora.errors import UserError
 
@@ -33,6 +38,7 @@ class ConnectivitySettings(MeasureSettings):
     """Settings of :func:`connectivity`, described there."""
 
     points: Annotated[int, Field(ge=3)] = 21
+    workers: int = Field(default=1, ge=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +68,16 @@ class Connectivity:
         """:attr:`barrier` of the error rate, 1 − accuracy; None without accuracy."""
         return None if self.accuracies is None else self._highest(1 - self.accuracies)[0]
 
+    @property
+    def pair(self) -> str:
+        """Both labels, as rows name the line."""
+        return " – ".join(self.labels)
+
     def rows(self) -> list[dict[str, Any]]:
         """``loss`` and, if known, ``accuracy`` at every t (radius); ``barrier`` and ``error_barrier``, with the t where
         each is attained as radius; ``distance``. ``label`` names the pair.
         """
-        where = {"space": self.space, "split": self.split, "label": " – ".join(self.labels)}
+        where = {"space": self.space, "split": self.split, "label": self.pair}
         curves = {"loss": self.losses, "accuracy": self.accuracies}
         rows = [
             row("connectivity", quantity, float(value), radius=float(t), index=i, **where)
@@ -96,6 +107,8 @@ def connectivity(
     *,
     labels: Sequence[str] = ("A", "B"),
     points: int = 21,
+    workers: int = 1,
+    store: PointStore | None = None,
     watch: Watch | None = None,
 ) -> Connectivity:
     """The loss on the line from the weights of one space to those of another.
@@ -112,29 +125,58 @@ def connectivity(
             weights themselves, naming every parameter. Both ends are evaluated exactly at their own weights.
         labels: names of A and B.
         points: values of t, equidistant, both ends included; 3 or more.
-        watch: called with (losses evaluated, losses in all).
+        workers: processes; the result does not depend on it.
+        store: keeps points as they come, so that a killed run continues.
+        watch: called with (points done, points in all).
 
     Raises:
         UserError: a setting is out of bounds; A and B differ in layers, shapes, dtype or weights outside the space;
             weights are not finite.
     """
-    settings = ConnectivitySettings.checked(points=points)
+    settings = ConnectivitySettings.checked(points=points, workers=workers)
     if len(labels) != 2:
         raise UserError(f"labels are {len(labels)}: give the names of both ends")
     names = (labels[0], labels[1])
     here, there = weights_of(start), _weights_at(start, end, names)
     refuse_non_finite((here, there), names)
     t = np.arange(settings.points) / (settings.points - 1)
-    found: list[dict[str, float]] = []
-    for i, share in enumerate(t):
-        found.append(_metrics(objective, start, _between(here, there, float(share))))
-        if watch is not None:
-            watch(i + 1, len(t), "losses")
+    placed = _Placed(start.name, start.model, start.parameters, start.factors)
+    with Points(objective, placed, OnLine(there), workers=settings.workers, store=store, watch=watch) as at:
+        at.most = len(t)
+        found = at([(float(share),) for share in t])
     losses = np.array([metrics["loss"] for metrics in found])
     known = all("accuracy" in metrics for metrics in found)
     accuracies = np.array([metrics["accuracy"] for metrics in found]) if known else None
     distance = norm(difference(there, here))
     return Connectivity(start.name, objective.name, names, t, losses, accuracies, distance)
+
+
+@dataclass(frozen=True, eq=False)
+class OnLine:
+    """Where the point t between a space's own weights and ``end`` is: the weights themselves, for :class:`_Placed`."""
+
+    end: Vector
+
+    @property
+    def identity(self) -> str:
+        """Digest of the end."""
+        digest = hashlib.sha256(b"line")
+        for name, tensor in self.end.items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __call__(self, space: WeightSpace, key: Key) -> tuple[Vector, float]:
+        """The weights at t, with a scale that does not count."""
+        return _between(weights_of(space), self.end, key[0]), 1.0
+
+
+class _Placed(WeightSpace):
+    """The space with weights put where they are given, rounded once: W plus a step would not end at B bit for bit."""
+
+    def perturbed(self, direction: Vector, scale: float = 1.0) -> Exchange:
+        """Let the weights be ``direction`` inside the block."""
+        return swapped({self.parameters[name]: tensor for name, tensor in self.aligned(direction).items()})
 
 
 def _weights_at(start: WeightSpace, end: WeightSpace | Vector, names: tuple[str, str]) -> Vector:
@@ -149,8 +191,3 @@ def _between(here: Vector, there: Vector, t: float) -> Vector:
     if t in (0.0, 1.0):
         return there if t else here
     return {name: ((1 - t) * a.double() + t * there[name].double()).to(a.dtype) for name, a in here.items()}
-
-
-def _metrics(objective: Objective, space: WeightSpace, point: Vector) -> dict[str, float]:
-    with swapped({parameter: point[name] for name, parameter in space.parameters.items()}):
-        return objective.evaluate(space)

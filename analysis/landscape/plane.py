@@ -48,7 +48,7 @@ class Plane:
     cosine: float  # ⟨u, v⟩/(‖u‖·‖v‖)
     window: Window
     marks: tuple[Mark, ...] = ()
-    explained: tuple[float, float] | None = None  # share of Σ‖w − w_final‖² along each axis
+    explained: tuple[float, float] | None = None  # share of the marks' variance along each axis
     path: bool = False  # the marks are one trajectory, in order
 
     def at(self, x: float, y: float) -> Vector:
@@ -158,7 +158,7 @@ def principal_axes(
         what: the points' name in errors.
 
     Returns:
-        Axes in float64, and the share of Σ‖point − centre‖² along each.
+        Axes in float64, and the share of the variance Σ‖point − mean‖² along each.
 
     Raises:
         UserError: the points coincide, or lie on one line through ``centre``.
@@ -175,7 +175,10 @@ def principal_axes(
     first = _combined(points, centre, _pointing_up(vectors[:, 0]))
     second = orthogonal_part(_combined(points, centre, _pointing_up(vectors[:, 1])), first)
     axes = scaled(first, 1 / norm(first)), scaled(second, 1 / norm(second))
-    return axes, (float(values[0] / values.sum()), float(values[1] / values.sum()))
+    along = vectors[:, :2] * np.sqrt(values[:2])  # (T, 2): the points' coordinates, seen from the centre
+    total = np.trace(gram) - gram.mean() * len(points)  # Σ‖p − c‖² − T·‖mean − c‖²
+    shares = len(points) * along.var(axis=0) / total
+    return axes, (float(shares[0]), float(shares[1]))
 
 
 def _pointing_up(column: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

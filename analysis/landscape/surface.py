@@ -14,29 +14,33 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
-from analysis.core.vectors import Vector, norm
+from analysis.core.vectors import Vector, dot, norm
 from analysis.landscape.adaptive import Node, adaptive_grid
 from analysis.landscape.eigen_plane import measured_eigen_plane
 from analysis.landscape.lines import odd
-from analysis.landscape.plane import Plane
+from analysis.landscape.plane import Plane, cosine
 from analysis.landscape.points import Points, Precision
 from analysis.landscape.random_plane import random_plane
+from analysis.landscape.rounding import factor, nodes_to_check
 from analysis.landscape.store import Key, PointStore
 from analysis.settings import MeasureSettings, Radius
+from bilora.errors import UserError
 
 Array = npt.NDArray[np.float64]
 
 LADDER = tuple(m * 10.0**e for e in range(-3, 3) for m in (1, 2, 5))
 """Half widths to choose from: round numbers, so that compared methods mostly get the same."""
 PRECISION_ERROR = 0.02
-"""Of the range: a bfloat16 surface that is farther off is computed again in full precision."""
+"""Of the range: a bfloat16 surface that may be farther off is computed again in full precision."""
+PARALLEL = 1e-6
+"""Axes whose |cosine| is this close to 1 are refused: to rounding they are one."""
 
 
 class SurfaceSettings(MeasureSettings):
@@ -44,12 +48,18 @@ class SurfaceSettings(MeasureSettings):
 
     plane: Literal["filter", "eigenvectors"] = Field(default="filter", description="filter or eigenvectors")
     seed: int = Field(default=0, description="of the directions, or of the eigenvalue iteration")
-    extent: Radius | None = Field(default=None, description="largest coordinate; by default chosen by target_rise")
-    target_rise: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="loss rise at the window's edge")
+    extent: Radius | None = Field(default=None, description="largest coordinate; by default the plane's own")
+    target_rise: Radius | None = Field(default=None, description="choose extent by the loss rise at its ends")
     points: Annotated[int, Field(ge=5), AfterValidator(odd)] = Field(default=21, description="points a side, odd")
     error: float | None = Field(default=0.02, gt=0, lt=1, description="of interpolated values, over the range")
     precision: Precision = Field(default="full", description="full or bfloat16")
     workers: int = Field(default=1, ge=1, description="processes")
+
+    @model_validator(mode="after")
+    def _one_window(self) -> "SurfaceSettings":
+        if self.extent is not None and self.target_rise is not None:
+            raise ValueError("extent and target_rise exclude each other: give one of them")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +75,13 @@ class LossSurface:
     losses: Array  # (rows, columns); the loss at the centre is exactly the one of ``base``
     accuracies: Array  # (rows, columns), NaN where not evaluated or not defined
     evaluated: npt.NDArray[np.bool_]  # (rows, columns); the others are interpolated
-    error: float  # largest error seen at held-out points, over the range of losses; 0 where all were evaluated
+    error: float  # estimated largest error of an interpolated loss, over the range of losses; 0 where there is none
     precision: Precision
-    precision_error: float  # largest difference to full precision at the points checked, over the range
+    precision_error: float  # what bfloat16 is off by at most in 95 % of surfaces, over the range; 0 in full precision
+    precision_seen: float  # largest difference to full precision at the points checked, over the range
+    precision_checked: int  # how many these are
     precision_cosine: float  # smallest cosine of a realised with its asked perturbation; 1 in full precision
+    induced_norms: Array  # (rows, columns): realised ‖eps_W‖
 
     def rows(self) -> list[dict[str, Any]]:
         """``loss`` and ``accuracy`` of every point, marked points, and what the surface is worth."""
@@ -77,8 +90,9 @@ class LossSurface:
         span = _span(self.losses)
         for number, (i, j) in enumerate(np.ndindex(self.losses.shape)):
             at = {"radius": float(self.x[j]), "y": float(self.y[i]), "index": number, **where}
+            at["induced_norm"] = float(self.induced_norms[i, j])
             error = np.nan if self.evaluated[i, j] else self.error * span
-            rows.append(row("surface", "loss", float(self.losses[i, j]), standard_error=error, **at))
+            rows.append(row("surface", "loss", float(self.losses[i, j]), residual=error, **at))
             if not np.isnan(self.accuracies[i, j]):
                 rows.append(row("surface", "accuracy", float(self.accuracies[i, j]), **at))
         for number, mark in enumerate(self.plane.marks):
@@ -93,6 +107,8 @@ class LossSurface:
             "evaluated": self.evaluated.sum(),
             "interpolation_error": self.error,
             "precision_error": self.precision_error,
+            "precision_seen": self.precision_seen,
+            "precision_checked": self.precision_checked,
             "precision_cosine": self.precision_cosine,
         }
         return rows + [row("surface", name, value, **where) for name, value in worth.items()]
@@ -143,29 +159,32 @@ def loss_surface(
         plane: the axes, from :func:`random_plane`, :func:`eigen_plane`, :func:`adapter_plane` or
             :func:`trajectory_plane`.
         points: points along each side, at least 5 and odd, so that the middle of the window is one.
-        extent: largest |x| and |y|. Default: the plane's own window.
-        target_rise: choose the extent instead, as the smallest of 1, 2, 5 · 10ⁿ at which the median loss rise at the
-            four ends of the axes reaches this; a loss that is not finite counts as too much.
+        extent: largest |x| and |y|. Default: the plane's own window. One for several spaces: :func:`common_extent`.
+        target_rise: choose the extent instead, for this space alone, as :func:`common_extent` does.
         error: evaluate only as many points as are needed to interpolate the others to within this share of the
-            range of losses, judged by held-out points; None: evaluate every point. Also where the error is not met.
+            range of losses, by :mod:`analysis.landscape.adaptive`'s estimate; None: evaluate every point. Also where
+            the error is not met.
         precision: ``"bfloat16"``: run the model in bfloat16, from perturbed weights in full precision. The
-            difference to full precision at the centre is taken away everywhere, and that at two corners and two
-            points half-way is reported; where it is above 2 % of the range, all is done again in full precision.
+            difference to full precision at the centre is taken away everywhere; at one point of twenty, and eight at
+            least, it is evaluated, and what it is at most everywhere concluded (:mod:`analysis.landscape.rounding`).
+            Where that is above 2 % of the range, all is done again in full precision.
         workers: processes; the result does not depend on it.
         store: keeps points as they come, so that a killed run continues.
         watch: told of points done.
 
     Raises:
-        UserError: a setting is out of bounds.
+        UserError: a setting is out of bounds, both extent and target_rise are given, the rise is not reached, or the
+            axes are zero, parallel or not of this space.
     """
     settings = SurfaceSettings.checked(
-        points=points, extent=extent, target_rise=target_rise or 1.0, error=error, precision=precision, workers=workers
+        points=points, extent=extent, target_rise=target_rise, error=error, precision=precision, workers=workers
     )
+    _check_plane(space, plane)
     with Points(objective, space, InPlane(plane), workers=settings.workers, store=store, watch=watch) as at:
         at.most = settings.points**2
         (base,) = at([(0.0, 0.0)])
         if target_rise is not None:
-            extent = _extent_for(at, base["loss"], target_rise, settings.precision)
+            extent = _extent_for(at, target_rise, settings.precision)
         window = plane.window if extent is None else (-extent, extent, -extent, extent)
         surface = _on_grid(at, space, objective.name, plane, base, window, settings)
         if surface.precision_error > PRECISION_ERROR:
@@ -210,38 +229,137 @@ def _on_grid(
         grid = adaptive_grid(evaluate, *shape, settings.error)
         values, evaluated, seen = grid.values, grid.evaluated, grid.error
     surface = LossSurface(
-        space.name, split, plane, base, x, y, values, accuracies, evaluated, seen, settings.precision, 0.0, 1.0
+        space=space.name,
+        split=split,
+        plane=plane,
+        base=base,
+        x=x,
+        y=y,
+        losses=values,
+        accuracies=accuracies,
+        evaluated=evaluated,
+        error=seen,
+        precision=settings.precision,
+        precision_error=0.0,
+        precision_seen=0.0,
+        precision_checked=0,
+        precision_cosine=1.0,
+        induced_norms=_induced_norms(space, plane, x, y),
     )
-    return surface if settings.precision == "full" else _checked(at, surface, evaluate)
+    return surface if settings.precision == "full" else _checked(at, surface)
 
 
-def _checked(at: Points, surface: LossSurface, evaluate: Any) -> LossSurface:
-    """With the errors of bfloat16, measured at two corners and at two points half-way to the others."""
-    rows, columns = surface.losses.shape
-    nodes = [(0, 0), (rows - 1, columns - 1), (rows // 4, 3 * columns // 4), (3 * rows // 4, columns // 4)]
+def _checked(at: Points, surface: LossSurface) -> LossSurface:
+    """With the errors of bfloat16 at some points, and what follows for all."""
+    centre = (len(surface.y) // 2, len(surface.x) // 2)
+    # The centre's loss is exact: it says nothing of the others.
+    known = [(int(i), int(j)) for i, j in np.argwhere(surface.evaluated) if surface.x[j] or surface.y[i]]
+    losses = [float(surface.losses[node]) for node in known]
+    nodes = nodes_to_check(known, losses, *surface.losses.shape)
     keys = [(float(surface.x[j]), float(surface.y[i])) for i, j in nodes]
     exact = np.array([metrics["loss"] for metrics in at(keys)])
     with np.errstate(invalid="ignore"):
-        differences = np.abs(np.array(evaluate(nodes)) - exact) / max(_span(surface.losses), 1e-300)
-    agree = ~np.isfinite(exact) & ~np.isfinite(differences)  # not finite in both
-    worst = float(np.where(agree, 0.0, differences).max())
-    cosine = min(at.cosine(key) for key in keys[2:])
-    return replace(surface, precision_error=worst if np.isfinite(worst) else np.inf, precision_cosine=cosine)
+        found = np.array([surface.losses[node] for node in nodes])
+        differences = np.abs(found - exact) / max(_span(surface.losses), 1e-300)
+    agree = ~np.isfinite(exact) & ~np.isfinite(found)  # not finite in both
+    seen = float(np.where(agree, 0.0, differences).max())
+    seen = seen if np.isfinite(seen) else np.inf
+    nearest = (
+        float(surface.x[centre[1] + 1]),
+        float(surface.y[centre[0]]),
+    )  # the smallest step, of which least is left
+    return replace(
+        surface,
+        precision_error=seen * factor(len(nodes), len(known)),
+        precision_seen=seen,
+        precision_checked=len(nodes),
+        precision_cosine=min(at.cosine(key) for key in [nearest, *keys[:2]]),
+    )
 
 
-def _extent_for(at: Points, base: float, target: float, precision: Precision) -> float:
-    """Bisection over :data:`LADDER`."""
+def _check_plane(space: WeightSpace, plane: Plane) -> None:
+    for label, axis in zip(plane.axis_labels, plane.axes, strict=True):
+        if axis.keys() != space.parameters.keys():
+            raise UserError(
+                f"the plane's axis {label!r} is none of the {space.name} space: make the plane in this space"
+            )
+        if not norm(axis):
+            raise UserError(f"the plane's axis {label!r} is zero: a plane needs two directions")
+    if abs(cosine(*plane.axes)) > 1 - PARALLEL:
+        raise UserError("the plane's axes are parallel: take two directions that differ, or measure along a line")
+
+
+def common_extent(
+    objective: Objective,
+    spaces: Sequence[WeightSpace],
+    planes: Sequence[Plane],
+    target_rise: float = 1.0,
+    *,
+    precision: Precision = "full",
+    workers: int = 1,
+) -> float:
+    """One extent for the surfaces of several spaces, which are then drawn on the same axes.
+
+    The extent of one space is that of :data:`LADDER`'s 1, 2, 5 · 10ⁿ at which the median loss rise at the four ends of
+    the axes reaches ``target_rise``, and does not at the one before; a loss that is not finite counts as too much. It
+    is found by bisection: where the rise does not grow with the extent there may be a smaller one. The common one is
+    the largest.
+
+    Args:
+        objective: the data side.
+        spaces: those compared; their weights are bit-identical afterwards.
+        planes: one for each.
+        target_rise: above the loss of each space's plane at x = y = 0.
+        precision, workers: as :func:`loss_surface`.
+
+    Raises:
+        UserError: a setting is out of bounds, numbers of spaces and planes differ, or a rise is not reached at the
+            largest extent of the ladder.
+    """
+    settings = SurfaceSettings.checked(target_rise=target_rise, precision=precision, workers=workers)
+    if not spaces or len(spaces) != len(planes):
+        raise UserError(f"{len(planes)} planes do not fit {len(spaces)} spaces: give one for each")
+    extents = []
+    for space, plane in zip(spaces, planes, strict=True):
+        _check_plane(space, plane)
+        with Points(objective, space, InPlane(plane), workers=settings.workers) as at:
+            extents.append(_extent_for(at, target_rise, settings.precision))
+    return max(extents)
+
+
+def _extent_for(at: Points, target: float, precision: Precision) -> float:
+    """Bisection over :data:`LADDER`, all of it in one precision."""
+    base = at([(0.0, 0.0)], precision)[0]["loss"]
+
+    def rise(r: float) -> float:
+        losses = [metrics["loss"] for metrics in at([(r, 0.0), (-r, 0.0), (0.0, r), (0.0, -r)], precision)]
+        return float(np.median([loss - base if np.isfinite(loss) else np.inf for loss in losses]))
+
     low, high = 0, len(LADDER) - 1
     while low < high:
         middle = (low + high) // 2
-        r = LADDER[middle]
-        losses = [metrics["loss"] for metrics in at([(r, 0.0), (-r, 0.0), (0.0, r), (0.0, -r)], precision)]
-        rises = [loss - base if np.isfinite(loss) else np.inf for loss in losses]
-        if np.median(rises) >= target:
-            high = middle
-        else:
-            low = middle + 1
+        low, high = (low, middle) if rise(LADDER[middle]) >= target else (middle + 1, high)
+    if low == len(LADDER) - 1 and rise(LADDER[low]) < target:
+        raise UserError(
+            f"the loss rises by less than {target:g} up to ±{LADDER[low]:g}: ask for less, or give the extent"
+        )
     return LADDER[low]
+
+
+def _induced_norms(space: WeightSpace, plane: Plane, x: Array, y: Array) -> Array:
+    """‖eps_W‖ at every point: (len(y), len(x)).
+
+    Where the weights are the vector, from the inner products of axes and origin. Of factors it is no quadratic form of
+    x and y, and taken from the thin factors of each point.
+    """
+    if space.factored:
+        return np.array([[space.induced_norm(plane.at(float(a), float(b))) for a in x] for b in y])
+    vectors = [plane.origin, *plane.axes] if plane.origin is not None else [*plane.axes]
+    gram = np.array([[dot(one, other) for other in vectors] for one in vectors])
+    a, b = np.meshgrid(x, y)
+    at = np.stack([np.ones_like(a), a, b][-len(vectors) :])
+    squared = np.einsum("ikl,ij,jkl->kl", at, gram, at)
+    return np.sqrt(np.maximum(squared, 0.0))
 
 
 def _coordinates(low: float, high: float, points: int) -> Array:
@@ -270,9 +388,8 @@ def _run(
         plane = random_plane(space, seed=settings.seed)
     else:
         plane = measured_eigen_plane(objective, space, seed=settings.seed, max_products=300, watch=watch)
-    common = settings.model_dump(include={"points", "extent", "error", "precision", "workers"})
-    rise = settings.target_rise if settings.extent is None else None
-    return loss_surface(objective, space, plane, target_rise=rise, store=store, watch=watch, **common)
+    common = settings.model_dump(include={"points", "extent", "target_rise", "error", "precision", "workers"})
+    return loss_surface(objective, space, plane, store=store, watch=watch, **common)
 
 
 MEASURE = Measure(

@@ -1,11 +1,12 @@
 """The plane that a training run moved in: principal axes of its checkpoints (Li et al. 2018, section 7.2).
 
     M = [w_0 − w_T; …; w_{T−1} − w_T],     M·Mᵀ = Q·diag(σ²)·Qᵀ,     u, v = Mᵀ·q_1/σ_1, Mᵀ·q_2/σ_2
-    explained along u: σ_1²/Σσ²
+    explained along u: Σ_t (x_t − mean x)²/Σ_t ‖w_t − mean w‖²
 
 The final weights w_T are the origin and lie in the plane. M is not centred at its mean, unlike in Li et al.'s code: of
-all planes through w_T, this one has the least Σ distance² to the checkpoints, so that the share not explained is
-Σ off_plane²/Σ‖w_t − w_T‖². Only the T×T Gram matrix M·Mᵀ is decomposed, in float64.
+all planes through w_T, this one has the least Σ distance² to the checkpoints. The share explained is that of the
+variance, as in theirs, and a little below the largest that two axes can have. Only the T×T Gram matrix M·Mᵀ is
+decomposed, in float64.
 """
 
 import math
@@ -77,7 +78,7 @@ def trajectory_plane(
 
     Returns:
         A :class:`Plane` of kind ``trajectory``: coordinates are distances in weight space, ``explained`` the share of
-        Σ‖w_t − w_T‖² along each axis, and ``marks`` the path, each with its distance from the plane.
+        the checkpoints' variance along each axis, and ``marks`` the path, each with its distance from the plane.
 
     Raises:
         UserError: fewer than three checkpoints, all of them equal or on one line, weights that are not finite or do

@@ -103,7 +103,7 @@ class Surface:
     error: Array  # (rows, columns), estimated of an interpolated loss; NaN where it was evaluated
     marks: pd.DataFrame  # label, x, y, value (true loss), excess, off_plane; in the order of a path
     labels: tuple[str, str]  # of the axes
-    explained: tuple[float, float] | None  # share of Σ‖w_t − w_T‖² of the marks along each axis
+    explained: tuple[float, float] | None  # share of the marks' variance along each axis
     worth: dict[str, float]  # evaluated, interpolation_error, precision_error, cosine; absent where not measured
     centre: float  # loss that the excess is over
     reference: str  # which loss that is, where not the one at the centre
@@ -154,8 +154,8 @@ def surface_table(
         The columns ``method``, ``seed``, ``kind``, ``split``, ``space``, ``quantity``, ``label``, ``x``, ``y``,
         ``index``, ``value``, ``excess`` (of ``loss`` and ``mark``: over the loss at x = y = 0; where that is not known
         or not finite, over the lowest finite loss), ``centre`` (that loss), ``reference`` (which: empty or words),
-        ``standard_error`` (of a ``loss``: estimated error where it was interpolated, else NaN), ``off_plane`` (of a
-        ``mark``) and ``n_seeds`` (training seeds measured).
+        ``interpolation_error`` (of a ``loss``: estimated largest where it was interpolated, else NaN), ``off_plane``
+        (of a ``mark``) and ``n_seeds`` (training seeds measured).
 
     Raises:
         NothingToDraw: no such surface was measured.
@@ -171,10 +171,12 @@ def surface_table(
         asked = {"kind": kind, "space": space, "seed": seed}
         named = " ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
         raise canvas.NothingToDraw(f"no surface {named} to draw".replace("  ", " ") + ": measure surface first")
-    rows = rows.rename(columns={"radius": "x", "residual": "off_plane"})
+    left = {"off_plane": rows["residual"].where(rows["quantity"] == "mark")}
+    left["interpolation_error"] = rows["residual"].where(rows["quantity"] == "loss")
+    rows = rows.rename(columns={"radius": "x"}).assign(**left)
     parts = [_with_excess(part) for _, part in rows.groupby([*_SURFACE, "seed"], sort=False)]
     columns = ["method", "seed", *PLACE, "quantity", "label", "x", "y", "index", "value", "excess", "centre"]
-    table = pd.concat(parts)[[*columns, "reference", "standard_error", "off_plane", "n_seeds"]]
+    table = pd.concat(parts)[[*columns, "reference", "interpolation_error", "off_plane", "n_seeds"]]
     return table.sort_values([*PLACE, "method", "quantity", "index"], ignore_index=True, kind="stable")
 
 
@@ -226,7 +228,7 @@ def axis_label(surface: Surface, axis: int) -> str:
     if surface.explained is None:
         return surface.labels[axis]
     share = f"{100 * surface.explained[axis]:.3g}\u00a0%"
-    return f"{surface.labels[axis]} ({share} of the squared distance from the final weights)"
+    return f"{surface.labels[axis]} ({share} of the checkpoints' variance)"
 
 
 def _is_power_of_ten(value: float) -> bool:
@@ -275,7 +277,7 @@ def _surface(rows: pd.DataFrame) -> Surface:
         method=str(first["method"]), seed=int(first["seed"]), kind=first["kind"], split=first["split"],
         space=first["space"], x=x, y=y, loss=on_grid(losses, "value"), excess=on_grid(losses, "excess"),
         accuracy=on_grid(by["accuracy"], "value") if "accuracy" in by else np.full((len(y), len(x)), np.nan),
-        error=on_grid(losses, "standard_error"),
+        error=on_grid(losses, "interpolation_error"),
         marks=by.get("mark", none)[["label", "x", "y", "value", "excess", "off_plane"]].reset_index(drop=True),
         labels=(str(axes.get(1, "x")), str(axes.get(2, "y"))),
         explained=(float(shares["value"].iloc[0]), float(shares["value"].iloc[1])) if len(shares) == 2 else None,

@@ -11,6 +11,7 @@ SPACES = {
     "full": "the merged weights that inference uses",
     "lora": "the factors as trained",
     "lora_balanced": "the factors in their balanced gauge",
+    "all": "every parameter of the merged model",
 }
 FEW_SEEDS = 5
 

@@ -231,7 +231,9 @@ def _difference_line(row: pd.Series) -> tuple[Cell, ...]:
     words = [row["kind"].replace("_", " "), row["split"]]
     words.append(f"radius {row['radius']:g}" if pd.notna(row["radius"]) else "")
     words.append(f"rank {row['index']}" if row["index"] >= 0 else "")
-    seeds = str(row["n_seeds"]) + (f" ({row['n_non_finite']} not finite)" if row["n_non_finite"] else "")
+    left_out = {"not finite": row["n_non_finite"], "unmatched": row["n_unmatched"]}
+    said = ", ".join(f"{count} {why}" for why, count in left_out.items() if count)
+    seeds = f"{row['n_seeds']} ({said})" if said else str(row["n_seeds"])
     return (
         Cell(row["method"]),
         Cell(SPACE_NAMES.get(row["space"], row["space"])),

@@ -8,7 +8,8 @@ rise of the best perturbation of rank ≤ r in every layer is reported beside it
     rho·sqrt(Σ_layers Σ_{i≤r} σ_i(G)²),
 
 attained by rho·G_r/‖G_r‖: what an auxiliary pair of rank r could reach at most. It is not the Ky Fan norm, which
-belongs to a point outside the ball (:mod:`analysis.subspace.lowrank`).
+belongs to a point outside the ball (:mod:`analysis.subspace.lowrank`). Both are also given of each layer alone: the
+rise by the best perturbation of that layer, of length rho.
 """
 
 import math
@@ -17,13 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
+from torch import Tensor
 
+from analysis.core.example_losses import ExampleLosses, rise_error
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
-from analysis.core.vectors import norm, scaled
+from analysis.core.vectors import Vector, norm, scaled, tensor_dot
+from analysis.curvature.blocks import layer_of
 from analysis.settings import MeasureSettings, Radii
 from analysis.subspace.lowrank import leading_squared_norm
 
@@ -36,12 +40,21 @@ class AdversarialSettings(MeasureSettings):
 
 
 @dataclass(frozen=True)
+class Slope:
+    """First-order loss rise per length of the perturbation."""
+
+    steepest: float  # ‖G‖
+    rank_r: float  # ‖G_r‖, of the best perturbation of rank ≤ r in every layer; NaN outside the full space
+
+
+@dataclass(frozen=True)
 class AdversarialPoint:
     """The loss and metrics at one radius along the gradient."""
 
     radius: float
-    metrics: Mapping[str, float]  # loss, accuracy
+    metrics: Mapping[str, float]  # loss, accuracy, matthews
     loss_rise: float
+    standard_error: float  # of the rise, over examples at this perturbation; NaN where theirs are not known
     first_order: float  # rho·‖G‖
     first_order_rank_r: float  # rho·‖G_r‖ over layers; NaN outside the full space
     induced_norm: float  # realised ‖eps_W‖
@@ -55,14 +68,15 @@ class AdversarialSharpness:
     split: str
     rank: int  # r of the rank-r prediction
     gradient_norm: float  # ‖G‖ in the measured space; 0 means that no direction ascends and every rise is 0
-    base_metrics: Mapping[str, float]  # loss, accuracy at the unperturbed weights
+    layers: Mapping[str, Slope]  # of each layer alone; in a LoRA space of its A and B together
+    base_metrics: Mapping[str, float]  # loss, accuracy, matthews at the unperturbed weights
     points: tuple[AdversarialPoint, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """``loss``, ``accuracy`` at radius 0 and every radius; ``loss_rise`` and ``first_order`` at every radius.
+        """``loss`` and metrics at radius 0 and every radius; ``loss_rise`` and ``first_order`` at every radius.
 
         ``first_order`` has kind ``gradient``, and in the full space a second row of kind ``gradient_rank_r`` whose
-        index is r.
+        index is r; with a layer it is that of the layer alone.
         """
         where = {"space": self.space, "split": self.split}
         gradient = {"kind": "gradient", **where}
@@ -73,11 +87,14 @@ class AdversarialSharpness:
         for p in self.points:
             at = {"radius": p.radius, "induced_norm": p.induced_norm, **gradient}
             rows += [row("adversarial", name, value, **at) for name, value in p.metrics.items()]
-            rows.append(row("adversarial", "loss_rise", p.loss_rise, **at))
-            rows.append(row("adversarial", "first_order", p.first_order, radius=p.radius, **gradient))
-            if not math.isnan(p.first_order_rank_r):
-                low = {"kind": "gradient_rank_r", "index": self.rank, "radius": p.radius, **where}
-                rows.append(row("adversarial", "first_order", p.first_order_rank_r, **low))
+            rows.append(row("adversarial", "loss_rise", p.loss_rise, standard_error=p.standard_error, **at))
+            slopes = {layer: (p.radius * s.steepest, p.radius * s.rank_r) for layer, s in self.layers.items()}
+            for layer, (rise, low) in {"": (p.first_order, p.first_order_rank_r), **slopes}.items():
+                there = {"layer": layer, "radius": p.radius, **where}
+                rows.append(row("adversarial", "first_order", rise, kind="gradient", **there))
+                if self.space == "full":
+                    there |= {"kind": "gradient_rank_r", "index": self.rank}
+                    rows.append(row("adversarial", "first_order", low, **there))
         return rows
 
 
@@ -105,24 +122,26 @@ def adversarial_sharpness(
     """
     settings = AdversarialSettings.checked(radii=tuple(radii), rank=rank)
     total = len(settings.radii) + 1
-    base = objective.evaluate(space)
+    before = ExampleLosses()
+    base = objective.evaluate(space, before)
     gradient = objective.gradient(space)
     length = norm(gradient)
-    low_rank_length = math.nan
-    if space.name == "full":
-        low_rank_length = math.sqrt(sum(leading_squared_norm(G, settings.rank) for G in gradient.values()))
+    layers = slopes_by_layer(gradient, settings.rank if space.name == "full" else None)
+    low_rank_length = math.sqrt(math.fsum(slope.rank_r**2 for slope in layers.values()))
     if watch is not None:
         watch(1, total, "points")
     direction = scaled(gradient, 1 / length if length else 0.0)
     points = []
     for done, radius in enumerate(settings.radii, start=2):
+        after = ExampleLosses()
         with space.perturbed(direction, radius):
-            metrics = objective.evaluate(space)
+            metrics = objective.evaluate(space, after)
         points.append(
             AdversarialPoint(
                 radius=radius,
                 metrics=metrics,
                 loss_rise=metrics["loss"] - base["loss"],
+                standard_error=rise_error(before, after),
                 first_order=radius * length,
                 first_order_rank_r=radius * low_rank_length,
                 induced_norm=space.induced_norm(direction, radius),
@@ -130,7 +149,24 @@ def adversarial_sharpness(
         )
         if watch is not None:
             watch(done, total, "points")
-    return AdversarialSharpness(space.name, objective.name, settings.rank, length, base, tuple(points))
+    return AdversarialSharpness(space.name, objective.name, settings.rank, length, layers, base, tuple(points))
+
+
+def slopes_by_layer(gradient: Vector, rank: int | None) -> dict[str, Slope]:
+    """The slopes of each layer in ``gradient``, in its order; without ``rank`` only the steepest.
+
+    A weight of more than two dimensions counts as the matrix of its output rows, one of a single dimension as a column.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for name, G in gradient.items():
+        parts.setdefault(layer_of(name), []).append(G.flatten(1) if G.dim() > 1 else G[:, None])
+    return {
+        layer: Slope(
+            math.sqrt(math.fsum(tensor_dot(G, G) for G in matrices)),
+            math.nan if rank is None else math.sqrt(math.fsum(leading_squared_norm(G, rank) for G in matrices)),
+        )
+        for layer, matrices in parts.items()
+    }
 
 
 def _run(

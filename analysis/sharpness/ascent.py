@@ -61,6 +61,7 @@ class Worst:
     one_step: Point
     projected: Ascent
     apgd: Ascent
+    by_start: tuple[float, ...]  # (restarts,): the higher loss of the two searches from each start alone
 
     @property
     def winner(self) -> Ascent:
@@ -224,16 +225,21 @@ def worst(ball: Ball, middle: Point, steps: int, restarts: int, seed: int, repor
     first = one_step(ball, middle)
     known = first if exceeds(first.loss, middle.loss) else middle
     found: dict[str, Ascent] = {}
+    by_start: list[float] = []
     for restart in range(restarts):
         start = first if restart == 0 and first is not middle else ball.at(random_start(ball, seed, restart))
+        highest = start.loss
         for number, (name, search) in enumerate((("projected", projected_ascent), ("apgd", apgd))):
             done = (2 * restart + number) * steps
-            ascent = _at_least(known, search(ball, start, steps, _shifted(report, done)))
+            alone = search(ball, start, steps, _shifted(report, done))
+            highest = alone.best.loss if exceeds(alone.best.loss, highest) else highest
+            ascent = _at_least(known, alone)
             if report is not None:
                 report(done + steps)
             if name not in found or exceeds(ascent.best.loss, found[name].best.loss):
                 found[name] = ascent
-    return Worst(first, found["projected"], found["apgd"])
+        by_start.append(highest)
+    return Worst(first, found["projected"], found["apgd"], tuple(by_start))
 
 
 def _shifted(report: Report | None, done: int) -> Report | None:

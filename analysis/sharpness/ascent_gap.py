@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from analysis.core.example_losses import ExampleLosses, ratio_error, rise_error
 from analysis.core.factors import Factors
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
@@ -37,6 +38,7 @@ class Ascent:
 
     kind: Literal["auxiliary", "gradient"]
     loss_rise: float  # L(W + eps) − L(W)
+    standard_error: float  # of the rise, over examples; NaN where theirs are not known
     first_order: float  # ⟨G, eps⟩
     induced_norm: float  # realised ‖eps_W‖
 
@@ -47,6 +49,7 @@ class AscentGap:
 
     split: str
     ascents: tuple[Ascent, ...]  # auxiliary, gradient; empty for an adapter without an auxiliary pair
+    ratio_error: float = math.nan  # standard error of the ratio, over examples
 
     @property
     def ratio(self) -> float:
@@ -61,11 +64,11 @@ class AscentGap:
         rows = []
         for a in self.ascents:
             where = {"space": "full", "split": self.split, "kind": a.kind, "induced_norm": a.induced_norm}
-            rows.append(row("ascent_gap", "loss_rise", a.loss_rise, **where))
+            rows.append(row("ascent_gap", "loss_rise", a.loss_rise, standard_error=a.standard_error, **where))
             rows.append(row("ascent_gap", "first_order", a.first_order, **where))
         if self.ascents:
-            length = self.ascents[0].induced_norm
-            rows.append(row("ascent_gap", "ratio", self.ratio, space="full", split=self.split, induced_norm=length))
+            where = {"space": "full", "split": self.split, "induced_norm": self.ascents[0].induced_norm}
+            rows.append(row("ascent_gap", "ratio", self.ratio, standard_error=self.ratio_error, **where))
         return rows
 
 
@@ -100,7 +103,8 @@ def ascent_gap(
     if names != space.parameters.keys():
         odd = sorted(names ^ space.parameters.keys())[0].removesuffix(".weight")
         raise UserError(f"the auxiliary and the adapter differ in layer {odd}: give the files of one training run")
-    base = objective.loss(space)
+    before = ExampleLosses()
+    base = objective.evaluate(space, before)["loss"]
     gradient = objective.gradient(space)
     length = norm(gradient)
 
@@ -110,20 +114,17 @@ def ascent_gap(
 
     report(1)
     eps = space.aligned(_perturbations(space, auxiliary))
-    first = Ascent(
-        "auxiliary", _loss_at(objective, space, eps, 1.0) - base, dot(gradient, eps), space.induced_norm(eps)
-    )
+    loss, at_auxiliary = _loss_at(objective, space, eps, 1.0)
+    error = rise_error(before, at_auxiliary)
+    first = Ascent("auxiliary", loss - base, error, dot(gradient, eps), space.induced_norm(eps))
     report(2)
     direction = scaled(gradient, 1 / length if length else 0.0)
     rho = first.induced_norm
-    second = Ascent(
-        "gradient",
-        _loss_at(objective, space, direction, rho) - base,
-        rho * length,
-        space.induced_norm(direction, rho),
-    )
+    loss, at_gradient = _loss_at(objective, space, direction, rho)
+    error = rise_error(before, at_gradient)
+    second = Ascent("gradient", loss - base, error, rho * length, space.induced_norm(direction, rho))
     report(3)
-    return AscentGap(objective.name, (first, second))
+    return AscentGap(objective.name, (first, second), _ratio_error(before, at_auxiliary, at_gradient))
 
 
 @torch.no_grad()
@@ -136,9 +137,16 @@ def _perturbations(space: WeightSpace, auxiliary: Mapping[str, Factors]) -> Vect
     }
 
 
-def _loss_at(objective: Objective, space: WeightSpace, direction: Vector, scale: float) -> float:
+def _loss_at(objective: Objective, space: WeightSpace, direction: Vector, scale: float) -> tuple[float, ExampleLosses]:
+    examples = ExampleLosses()
     with space.perturbed(direction, scale):
-        return objective.loss(space)
+        return objective.evaluate(space, examples)["loss"], examples
+
+
+def _ratio_error(before: ExampleLosses, auxiliary: ExampleLosses, gradient: ExampleLosses) -> float:
+    if not (before.known and auxiliary.known and gradient.known):
+        return math.nan
+    return ratio_error(auxiliary.sums - before.sums, gradient.sums - before.sums)
 
 
 def _run(

@@ -6,7 +6,8 @@ L_g is the mean loss of group g and w_g its number of terms. Every group meets i
 grows as m falls, severalfold: m is part of what is measured, and values of different m are never compared. For the same
 reason a smaller last group is refused.
 
-Groups are neighbours in the objective's order, which for a dataset is sorted by length.
+Groups are drawn at random, by seed, so that the spread between them is that of groups of fresh examples. Neighbours in
+an objective's own order, which is by length, are alike: their groups would spread much wider.
 """
 
 import math
@@ -16,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
@@ -27,6 +30,7 @@ from analysis.settings import MeasureSettings, Radii
 from analysis.sharpness.ascent import Ball, centre, one_step, worst
 from analysis.sharpness.scaling import ScalingKind, scaling_of
 from bilora.errors import UserError
+from bilora.seeds import generator_for
 
 
 class MSharpnessSettings(MeasureSettings):
@@ -50,6 +54,7 @@ class MSharpness:
     scaling: ScalingKind
     steps: int  # 1: one-step points; more: lower bounds by the searches of the worst case
     restarts: int
+    seed: int  # of the groups and of the random starts
     radii: tuple[float, ...]  # (R,)
     weights: npt.NDArray[np.float64]  # (groups,): terms of each group's loss
     rises: npt.NDArray[np.float64]  # (R, groups)
@@ -67,7 +72,10 @@ class MSharpness:
 
     @property
     def standard_error(self) -> npt.NDArray[np.float64]:
-        """Standard error of the mean over groups, (R,); NaN with one group or a rise that is not finite."""
+        """Standard error of the mean over groups, (R,): its spread over fresh examples, grouped anew.
+
+        NaN with one group or a rise that is not finite.
+        """
         count = len(self.weights)
         if count < 2:
             return np.full(len(self.radii), math.nan)
@@ -84,7 +92,7 @@ class MSharpness:
 
         All are of kind ``m=…``.
         """
-        where = {"space": self.space, "split": self.split, "kind": self.kind}
+        where = {"space": self.space, "split": self.split, "kind": self.kind, "direction_seed": self.seed}
         effort = (("groups", len(self.weights)), ("steps", self.steps), ("restarts", self.restarts))
         rows = [row("m_sharpness", name, value, **where) for name, value in effort]
         columns = (self.radii, self.mean, self.standard_error, self.induced_norms @ self._shares)
@@ -94,10 +102,11 @@ class MSharpness:
         return rows
 
 
-def groups_of(objective: Objective, m: int) -> list[Objective]:
-    """The examples of ``objective`` in groups of exactly ``m``, in its order.
+def groups_of(objective: Objective, m: int, seed: int) -> list[Objective]:
+    """The examples of ``objective`` in random groups of exactly ``m``; every example is in one of them.
 
-    A group that reaches over the end of a batch holds a batch from each side, so that nothing is padded anew.
+    A group holds one batch from each batch that its examples come from, in their order, so that nothing is padded anew
+    and neighbours in length stay together. The same seed and numbers of examples give the same groups.
 
     Raises:
         UserError: ``m`` does not divide the number of examples, or a group has no term in the loss.
@@ -109,14 +118,14 @@ def groups_of(objective: Objective, m: int) -> list[Objective]:
         raise UserError(
             f"m = {m} does not divide the {count} {objective.name} examples: {fitting}, or choose another m"
         )
-    pieces: list[list[dict[str, Any]]] = [[] for _ in range(count // m)]
-    start = 0
-    for batch, size in zip(objective.batches, sizes, strict=True):
-        for group in range(start // m, (start + size - 1) // m + 1):
-            part = slice(max(group * m - start, 0), min((group + 1) * m - start, size))
-            pieces[group].append({key: tensor[part] for key, tensor in batch.items()})
-        start += size
-    return [Objective(parts, name=objective.name, shifted=objective.shifted) for parts in pieces]
+    group_of = torch.empty(count, dtype=torch.long)
+    group_of[torch.randperm(count, generator=generator_for("groups", seed))] = torch.arange(count) // m
+    groups: list[list[dict[str, Tensor]]] = [[] for _ in range(count // m)]
+    for batch, its_groups in zip(objective.batches, group_of.split(sizes), strict=True):
+        for group in its_groups.unique().tolist():
+            chosen = its_groups == group
+            groups[group].append({key: tensor[chosen] for key, tensor in batch.items()})
+    return [Objective(parts, name=objective.name, shifted=objective.shifted) for parts in groups]
 
 
 def m_sharpness(
@@ -144,7 +153,7 @@ def m_sharpness(
         steps: 1 takes each group's one-step point; more search on from there as the worst case does, and give lower
             bounds.
         restarts: starts of these searches; has no effect with one step.
-        seed: names the random starts.
+        seed: names the groups and the random starts; the groups are the same for every compared model.
         watch: called with (groups and radii done, all of them).
 
     Raises:
@@ -152,7 +161,7 @@ def m_sharpness(
             or a group's loss or gradient is not finite at the unperturbed weights.
     """
     settings = MSharpnessSettings.checked(radii=tuple(radii), m=m, kind=kind, steps=steps, restarts=restarts, seed=seed)
-    groups = groups_of(objective, settings.m)
+    groups = groups_of(objective, settings.m, settings.seed)
     scaling = scaling_of(space, settings.kind)
     shape = (len(settings.radii), len(groups))
     rises, norms = np.empty(shape), np.empty(shape)
@@ -175,6 +184,7 @@ def m_sharpness(
         scaling=settings.kind,
         steps=settings.steps,
         restarts=settings.restarts,
+        seed=settings.seed,
         radii=settings.radii,
         weights=np.array([group.weight for group in groups]),
         rises=rises,

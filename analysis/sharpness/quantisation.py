@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from analysis.core.example_losses import ExampleLosses, rise_error
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
@@ -68,8 +69,9 @@ class Quantised:
     """The loss and metrics under one kind of quantisation."""
 
     kind: Kind
-    metrics: Mapping[str, float]  # loss, accuracy
+    metrics: Mapping[str, float]  # loss, accuracy, matthews
     loss_rise: float  # L(Q(W)) − L(W)
+    standard_error: float  # of the rise, over examples; NaN where theirs are not known
     norm: float  # realised ‖eps_W‖
 
 
@@ -79,16 +81,17 @@ class Quantisation:
 
     space: str
     split: str
-    base_metrics: Mapping[str, float]  # loss, accuracy at the exact weights
+    base_metrics: Mapping[str, float]  # loss, accuracy, matthews at the exact weights
     results: tuple[Quantised, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """``loss``, ``accuracy`` if known, and ``loss_rise`` of every kind."""
+        """``loss``, ``accuracy`` and ``matthews`` if known, and ``loss_rise`` of every kind."""
         rows = []
         for found in self.results:
             where = {"space": self.space, "split": self.split, "kind": found.kind, "induced_norm": found.norm}
-            values = {**found.metrics, "loss_rise": found.loss_rise}
-            rows += [row("quantisation", name, value, **where) for name, value in values.items()]
+            rows += [row("quantisation", name, value, **where) for name, value in found.metrics.items()]
+            spread = {"standard_error": found.standard_error}
+            rows.append(row("quantisation", "loss_rise", found.loss_rise, **spread, **where))
         return rows
 
 
@@ -165,16 +168,18 @@ def quantisation(
         if watch is not None:
             watch(done, len(chosen) + 1, "losses")
 
-    exact = objective.evaluate(space)
+    before = ExampleLosses()
+    exact = objective.evaluate(space, before)
     report(1)
     results = []
     for done, kind in enumerate(chosen, start=2):
         rounded = _rounded(space, kind, bases if "base" in kind else None)
         changes = [rounded[name].double() - space.parameters[name].detach().double() for name in rounded]
+        after = ExampleLosses()
         with swapped({space.parameters[name]: weight for name, weight in rounded.items()}):
-            metrics = objective.evaluate(space)
+            metrics = objective.evaluate(space, after)
         norm = math.sqrt(math.fsum(tensor_dot(change, change) for change in changes))
-        results.append(Quantised(kind, metrics, metrics["loss"] - exact["loss"], norm))
+        results.append(Quantised(kind, metrics, metrics["loss"] - exact["loss"], rise_error(before, after), norm))
         report(done)
     return Quantisation(space.name, objective.name, exact, tuple(results))
 

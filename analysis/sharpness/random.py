@@ -66,6 +66,7 @@ class RandomSharpness:
     space: str
     split: str
     kind: Kind
+    seed: int  # of the directions
     base_loss: float  # L(W)
     radii: tuple[float, ...]  # (R,)
     rises: npt.NDArray[np.float64]  # (R, D): L(W + eps) − L(W) of D directions, with antithetic the mean over ±eps
@@ -95,7 +96,8 @@ class RandomSharpness:
         rows = []
         means, errors, norms = self.mean, self.standard_error, self.induced_norms.mean(axis=1)
         for i, radius in enumerate(self.radii):
-            where = {"space": self.space, "split": self.split, "kind": self.kind, "radius": radius}
+            where: dict[str, Any] = {"space": self.space, "split": self.split, "kind": self.kind, "radius": radius}
+            where["direction_seed"] = self.seed
             for j, (rise, induced) in enumerate(zip(self.rises[i], self.induced_norms[i], strict=True)):
                 rows.append(row("random", "loss_rise", float(rise), index=j, induced_norm=float(induced), **where))
             summary = {"standard_error": float(errors[i]), "induced_norm": float(norms[i])}
@@ -237,6 +239,7 @@ def random_sharpness(
         space=space.name,
         split=objective.name,
         kind=settings.kind,
+        seed=settings.seed,
         base_loss=base_loss,
         radii=settings.radii,
         rises=losses[:, :used].mean(axis=2) - base_loss,

@@ -48,6 +48,7 @@ class ReadNoise:
     space: str
     split: str
     kind: Kind  # what the noise was on; "merged" where "base" was asked for and there are no LoRA factors
+    seed: int  # of the noise
     base_loss: float  # L(W)
     sigmas: tuple[float, ...]  # (R,)
     rises: npt.NDArray[np.float64]  # (R, directions): L(perturbed) − L(W)
@@ -73,6 +74,7 @@ class ReadNoise:
         means, errors, norms = self.mean, self.standard_error, self.induced_norms.mean(axis=1)
         for i, sigma in enumerate(self.sigmas):
             where: dict[str, Any] = {"space": self.space, "split": self.split, "kind": self.kind, "radius": sigma}
+            where["direction_seed"] = self.seed
             for j, (rise, induced) in enumerate(zip(self.rises[i], self.induced_norms[i], strict=True)):
                 rows.append(row("read_noise", "loss_rise", float(rise), index=j, induced_norm=float(induced), **where))
             where["induced_norm"] = float(norms[i])
@@ -137,6 +139,7 @@ def read_noise(
         space=space.name,
         split=objective.name,
         kind="merged" if bases is None else "base",
+        seed=settings.seed,
         base_loss=exact["loss"],
         sigmas=settings.sigmas,
         rises=losses - exact["loss"],

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from analysis.core.example_losses import ExampleLosses, rise_error
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
@@ -45,9 +46,12 @@ class WorstCasePoint:
     pga: float  # lower bound by projected gradient ascent, at least 0 and one_step
     apgd: float  # lower bound by APGD, at least 0 and one_step
     lower_bound: float  # the larger of the two
-    metrics: Mapping[str, float]  # loss, accuracy at the worst point
+    standard_error: float  # of that, over examples at the worst point; NaN where their losses are not known
+    metrics: Mapping[str, float]  # loss, accuracy, matthews at the worst point
     induced_norm: float  # realised ‖eps_W‖ of the worst point
+    induced_norms: Mapping[str, float]  # the same of the points of one_step, pga and apgd
     curve: npt.NDArray[np.float64]  # (steps+1,): best rise after each step of the winning search and start
+    by_start: npt.NDArray[np.float64]  # (restarts,): rise by the better search from each start; near equal if settled
     note: str  # why the winning search ended early, or empty
 
     @property
@@ -71,36 +75,40 @@ class WorstCase:
     split: str
     kind: ScalingKind
     base_loss: float  # L(W)
-    base_metrics: Mapping[str, float]  # loss, accuracy at the unperturbed weights
+    base_metrics: Mapping[str, float]  # loss, accuracy, matthews at the unperturbed weights
     steps: int  # of each search from each start
     restarts: int
+    seed: int  # of the random starts
     points: tuple[WorstCasePoint, ...]
 
     def rows(self) -> list[dict[str, Any]]:
         """``loss_rise``, the lower bound of the worst case, at every radius, and what it rests on.
 
-        ``loss_rise_pga``, ``loss_rise_apgd`` and ``loss_rise_one_step`` are the single searches; ``accuracy`` is that
-        at the worst point, and at radius 0 that of the weights; ``best_rise`` is the curve of the winning search
-        (``index`` = step) and ``late_gain`` the share of its last quarter; ``steps`` and ``restarts`` have no radius.
+        ``loss_rise_pga``, ``loss_rise_apgd`` and ``loss_rise_one_step`` are the single searches; ``accuracy`` and, of
+        classes, ``matthews`` are those at the worst point, and at radius 0 those of the weights; ``best_rise`` is the
+        curve of the winning search (``index`` = step), ``late_gain`` the share of its last quarter and ``start_rise``
+        what each start led to (``index`` = its number); ``steps`` and ``restarts`` have no radius.
         """
-        where = {"space": self.space, "split": self.split, "kind": self.kind}
+        where = {"space": self.space, "split": self.split, "kind": self.kind, "direction_seed": self.seed}
         effort = (("steps", self.steps), ("restarts", self.restarts))
         rows = [row("worst_case", name, value, **where) for name, value in effort]
-        if "accuracy" in self.base_metrics:
-            rows.append(
-                row("worst_case", "accuracy", self.base_metrics["accuracy"], radius=0.0, induced_norm=0.0, **where)
-            )
+        rows += _metrics_rows(self.base_metrics, radius=0.0, induced_norm=0.0, **where)
         for p in self.points:
             at = {"radius": p.radius, **where}
             realised = {"induced_norm": p.induced_norm, **at}
-            rows.append(row("worst_case", "loss_rise", p.lower_bound, **realised))
+            rows.append(row("worst_case", "loss_rise", p.lower_bound, standard_error=p.standard_error, **realised))
             for name, value in (("pga", p.pga), ("apgd", p.apgd), ("one_step", p.one_step)):
-                rows.append(row("worst_case", f"loss_rise_{name}", value, **at))
-            if "accuracy" in p.metrics:
-                rows.append(row("worst_case", "accuracy", p.metrics["accuracy"], **realised))
+                rows.append(row("worst_case", f"loss_rise_{name}", value, induced_norm=p.induced_norms[name], **at))
+            rows += _metrics_rows(p.metrics, **realised)
             rows += [row("worst_case", "best_rise", float(rise), index=k, **at) for k, rise in enumerate(p.curve)]
+            rows += [row("worst_case", "start_rise", float(rise), index=k, **at) for k, rise in enumerate(p.by_start)]
             rows.append(row("worst_case", "late_gain", p.late_gain, **at))
         return rows
+
+
+def _metrics_rows(metrics: Mapping[str, float], **where: Any) -> list[dict[str, Any]]:
+    """Rows of what is known besides the loss."""
+    return [row("worst_case", name, value, **where) for name, value in metrics.items() if name != "loss"]
 
 
 def worst_case_sharpness(
@@ -139,7 +147,8 @@ def worst_case_sharpness(
     scaling = scaling_of(space, settings.kind)
     each = 2 * settings.restarts * settings.steps
     total = each * len(settings.radii)
-    base_metrics = objective.evaluate(space)
+    before = ExampleLosses()
+    base_metrics = objective.evaluate(space, before)
     middle = centre(objective, space, scaling)
     points = []
     for number, radius in enumerate(settings.radii):
@@ -151,8 +160,10 @@ def worst_case_sharpness(
         ball = Ball(objective, space, scaling, radius)
         found = worst(ball, middle, settings.steps, settings.restarts, settings.seed, report)
         winner = found.winner
+        bests = {"one_step": found.one_step, "pga": found.projected.best, "apgd": found.apgd.best}
+        after = ExampleLosses()
         with space.perturbed(scaling.applied(winner.best.delta)):
-            metrics = objective.evaluate(space)
+            metrics = objective.evaluate(space, after)
         points.append(
             WorstCasePoint(
                 radius=radius,
@@ -160,9 +171,12 @@ def worst_case_sharpness(
                 pga=found.projected.best.loss - middle.loss,
                 apgd=found.apgd.best.loss - middle.loss,
                 lower_bound=winner.best.loss - middle.loss,
+                standard_error=rise_error(before, after),
                 metrics=metrics,
                 induced_norm=ball.induced_norm(winner.best.delta),
+                induced_norms={name: ball.induced_norm(best.delta) for name, best in bests.items()},
                 curve=winner.curve - middle.loss,
+                by_start=np.array(found.by_start) - middle.loss,
                 note=winner.note,
             )
         )
@@ -174,6 +188,7 @@ def worst_case_sharpness(
         base_metrics=base_metrics,
         steps=settings.steps,
         restarts=settings.restarts,
+        seed=settings.seed,
         points=tuple(points),
     )
 

@@ -19,9 +19,10 @@ from analysis.study.inputs import content_digest, data_identity, library_version
 from analysis.study.several import named
 from analysis.study.single import ADAPTER, Subject, find_subject
 from analysis.study.sources import measure_code
+from analysis.study.subset import barrier_error, subset_counts, subset_rows
 from analysis.study.work import device, task_for
 from bilora.errors import UserError
-from bilora.tasks import TaskSpec, load_model
+from bilora.tasks import TaskSpec, base_fingerprint, load_model
 from bilora.training.run import CHECKPOINTS
 
 Kind = Literal["adapters", "trajectory", "connect"]
@@ -35,7 +36,7 @@ class LandscapeSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Kind
-    space: Literal["full", "lora"] = "full"
+    space: Literal["full", "lora", "lora_balanced", "all"] = "full"
     split: Literal["train", "validation"] = "validation"
     examples: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -48,6 +49,14 @@ class LandscapeSpec(BaseModel):
     def _middle(self) -> "LandscapeSpec":
         if self.kind != "connect" and self.points % 2 == 0:
             raise ValueError("points must be odd, so that the middle of the plane is one")
+        return self
+
+    @model_validator(mode="after")
+    def _of_planes(self) -> "LandscapeSpec":
+        if self.kind == "connect":
+            for name in {"error", "precision"} & self.model_fields_set:
+                if getattr(self, name) not in (None, "full"):
+                    raise ValueError(f"{name} is a setting of planes: a line is evaluated at every point as it is")
         return self
 
     def check_count(self, count: int) -> None:
@@ -97,11 +106,19 @@ def landscape_determinants(subjects: Sequence[Subject], task: TaskSpec, spec: La
     }
 
 
+def point_stores(output: Path, spec: LandscapeSpec, count: int) -> list[PointStore]:
+    """Where a landscape of ``count`` subjects under way keeps its points: one store, or one for each line."""
+    if spec.kind != "connect":
+        return [PointStore(output.with_suffix(".points.jsonl"))]
+    pairs = combinations(range(1, count + 1), 2)
+    return [PointStore(output.with_suffix(f".{i}-{j}.points.jsonl")) for i, j in pairs]
+
+
 def landscape_rows(
     subjects: Sequence[Subject],
     task: TaskSpec,
     spec: LandscapeSpec,
-    store: PointStore,
+    stores: Sequence[PointStore],
     watch: Watch | None = None,
 ) -> pd.DataFrame:
     """The rows of one landscape.
@@ -110,25 +127,26 @@ def landscape_rows(
         subjects: adapters of one base model; of a ``trajectory`` the one run whose checkpoints are there.
         task: the examples.
         spec: what is drawn.
-        store: keeps the points of a surface as they come.
+        stores: keep the points as they come, as by :func:`point_stores`.
         watch: told of progress.
 
     Raises:
         UserError: bad data, adapters that do not fit together, too few checkpoints or examples.
     """
-    base = subjects[0].base
-    loaded = task_for(task, base)
+    loaded = task_for(task, subjects[0].base)
     chosen = getattr(loaded, spec.split)
+    available = len(chosen)
     if spec.examples is not None:
-        if spec.examples > len(chosen):
-            raise UserError(f"{spec.examples} examples asked for, but {spec.split} has {len(chosen)}: ask for fewer")
+        if spec.examples > available:
+            raise UserError(f"{spec.examples} examples asked for, but {spec.split} has {available}: ask for fewer")
         chosen = chosen.select(range(spec.examples))
     objective = Objective.from_dataset(chosen, loaded.collate, batch_size=spec.batch_size, name=spec.split)
 
-    def fresh() -> Any:
+    def fresh(base: str = subjects[0].base) -> Any:
         return load_model(base, task.kind, loaded.num_labels, tokenizer=loaded.tokenizer).to(device())
 
-    form = WeightSpace.full if spec.space == "full" else WeightSpace.lora
+    form = getattr(WeightSpace, spec.space)
+    used = len(chosen)
     labels = [f"{method}, seed {seed}" for method, seed in named([subject.folder for subject in subjects])]
     plane: Plane
     if spec.kind == "trajectory":
@@ -136,14 +154,28 @@ def landscape_rows(
         space = found.space
         plane = trajectory.trajectory_plane(space, found.weights, found.labels, objective=objective)
     else:
-        models = [load_trained(subject.folder, fresh()).model for subject in subjects]
+        models = [load_trained(subject.folder, fresh(subject.base)).model for subject in subjects]
+        _check_one_base(models, labels)
         spaces = [adapter_plane.trained_space(model, form) for model in models]
         if spec.kind == "connect":
-            return _connections(objective, spaces, labels, spec, watch)
+            return rows_frame(_connections(objective, spaces, labels, spec, stores, (used, available), watch))
         space = spaces[0]
         plane = adapter_plane.adapter_plane(spaces, labels, objective=objective)
     settings = spec.model_dump(include={"points", "error", "precision", "workers"})
-    return rows_frame(surface.loss_surface(objective, space, plane, store=store, watch=watch, **settings).rows())
+    result = surface.loss_surface(objective, space, plane, store=stores[0], watch=watch, **settings)
+    rows = result.rows()
+    return rows_frame(rows + subset_rows(rows, used, available, objective, space, result, settings))
+
+
+def _check_one_base(models: Sequence[Any], labels: Sequence[str]) -> None:
+    """Weights that the adapters change may be all that differs between two base models: a space would not notice."""
+    first, *others = (base_fingerprint(model) for model in models)
+    for label, other in zip(labels[1:], others, strict=True):
+        if other != first:
+            raise UserError(
+                f"{labels[0]} and {label} were trained on different base models: give adapters of one, or name it "
+                "with --model if they only record it differently"
+            )
 
 
 def _connections(
@@ -151,16 +183,22 @@ def _connections(
     spaces: Sequence[WeightSpace],
     labels: Sequence[str],
     spec: LandscapeSpec,
+    stores: Sequence[PointStore],
+    examples: tuple[int, int],
     watch: Watch | None,
-) -> pd.DataFrame:
-    """Every pair."""
-    rows: list[dict[str, Any]] = []
-    for i, j in combinations(range(len(spaces)), 2):
+) -> list[dict[str, Any]]:
+    """Every pair; ``examples`` says how many of how many the objective has."""
+    used, available = examples
+    rows = subset_counts("connectivity", used, available, space=spec.space, split=spec.split)
+    pairs = combinations(range(len(spaces)), 2)
+    settings = spec.model_dump(include={"points", "workers"})
+    for (i, j), store in zip(pairs, stores, strict=True):
         ends = (labels[i], labels[j])
-        rows += connect.connectivity(
-            objective, spaces[i], spaces[j], labels=ends, points=spec.points, watch=watch
-        ).rows()
-    return rows_frame(rows)
+        line = connect.connectivity(objective, spaces[i], spaces[j], labels=ends, store=store, watch=watch, **settings)
+        rows += line.rows()
+        if used < available:
+            rows.append(barrier_error(objective, spaces[i], spaces[j], line, used, available))
+    return rows
 
 
 def _checkpoints(folder: Path) -> list[Path]:

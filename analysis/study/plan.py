@@ -12,7 +12,7 @@ from analysis.core.space import FACTORED
 from analysis.registry import MEASURES
 from analysis.study.inputs import data_identity, library_versions, model_identity
 from analysis.study.sources import measure_code, training_code
-from analysis.study.spec import MeasureEntry, StudySpec
+from analysis.study.spec import VARIANTS, MeasureEntry, StudySpec
 from analysis.study.work import Measuring, Training
 from analysis.study.worker import Compute
 from bilora.errors import UserError
@@ -154,7 +154,10 @@ def _measure_cell(entry: MeasureEntry, space: str, training: Cell, owner: str) -
         "batch_size": entry.batch_size,
         "code": measure_code(MEASURES[entry.measure].run.__module__),
     }
-    what = " ".join(part for part in (entry.measure, space, f"({entry.split})") if part)
+    defaults = MEASURES[entry.measure].settings.model_fields
+    given = {name: entry.settings[name] for name in VARIANTS if name in entry.settings}
+    variant = [f"{name}={value}" for name, value in given.items() if value != defaults[name].default]
+    what = " ".join(part for part in (entry.measure, *variant, space, f"({entry.split})") if part)
     compute = Measuring(training.compute.spec, training.name, entry, space)
     return Cell("measure", f"{owner}: {what}", determinants, compute, training=training)
 

@@ -20,17 +20,17 @@ from bilora.training.record import RECORD_FILE
 def named(folders: Sequence[Path]) -> list[tuple[str, int]]:
     """Method and training seed of each adapter: what its own record says, or the folder's name and 0.
 
-    Adapters that would be called alike are called by their folders.
+    Adapters that would be called alike are called by their folders, and keep their seeds.
 
     Raises:
         UserError: a folder is given twice, or two folders have one name.
     """
     recorded = [_recorded(folder) for folder in folders]
     often = Counter(recorded)
-    names = [
-        name if name is not None and often[name] == 1 else (folder.resolve().name, 0)
-        for name, folder in zip(recorded, folders, strict=True)
-    ]
+    names = []
+    for name, folder in zip(recorded, folders, strict=True):
+        own = folder.resolve().name
+        names.append((own, 0) if name is None else name if often[name] == 1 else (own, name[1]))
     (label, _), count = Counter(names).most_common(1)[0]
     if count > 1:
         raise UserError(f"two of the adapters are called {label}: give each once, or rename a folder")
@@ -41,11 +41,11 @@ def determinants_of(
     subjects: Sequence[Subject], task: TaskSpec, entries: Sequence[MeasureEntry]
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """:func:`~analysis.study.single.determinants` of one subject, or with its name of each of several."""
-    if len(subjects) == 1:
-        return determinants(subjects[0], task, entries)
     names = named([subject.folder for subject in subjects])
+    if len(subjects) == 1:
+        return determinants(subjects[0], task, entries, names[0][1])
     return [
-        {"method": method, "seed": seed, **determinants(subject, task, entries)}
+        {"method": method, "seed": seed, **determinants(subject, task, entries, seed)}
         for (method, seed), subject in zip(names, subjects, strict=True)
     ]
 
@@ -59,15 +59,18 @@ def measure_subjects(
 ) -> pd.DataFrame:
     """The rows of one subject, or those of several with the columns ``method`` and ``seed``.
 
+    Directions are drawn as in a study: anew for each training seed, and the same for all methods at one.
+
     Args, raises: as :func:`~analysis.study.single.measure_subject`.
     """
+    names = named([subject.folder for subject in subjects])
     if len(subjects) == 1:
-        return measure_subject(subjects[0], task, entries, unfinished, watch)
+        return measure_subject(subjects[0], task, entries, unfinished, watch, seed=names[0][1])
     frames = []
-    for (method, seed), subject in zip(named([s.folder for s in subjects]), subjects, strict=True):
+    for (method, seed), subject in zip(names, subjects, strict=True):
         name = f"{method}, seed {seed}"
         seen = _under(name, watch) if watch is not None else None
-        frame = measure_subject(subject, task, entries, unfinished.of(name), seen)
+        frame = measure_subject(subject, task, entries, unfinished.of(name), seen, seed=seed)
         frame.insert(0, "method", method)
         frame.insert(1, "seed", seed)
         frames.append(frame)

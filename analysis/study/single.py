@@ -16,6 +16,7 @@ from analysis.registry import MEASURES
 from analysis.study.inputs import content_digest, data_identity, library_versions, model_identity
 from analysis.study.sources import measure_code
 from analysis.study.spec import MeasureEntry
+from analysis.study.subset import subset_rows
 from analysis.study.unfinished import Unfinished
 from analysis.study.work import device, objective_for, task_for
 from bilora.errors import UserError
@@ -63,7 +64,7 @@ def find_subject(folder: Path, base: str | None) -> Subject:
     raise UserError(f"{folder} holds neither {ADAPTER} nor {MODEL}: give the folder of a PEFT adapter or of a model")
 
 
-def determinants(subject: Subject, task: TaskSpec, entries: Sequence[MeasureEntry]) -> dict[str, Any]:
+def determinants(subject: Subject, task: TaskSpec, entries: Sequence[MeasureEntry], seed: int = 0) -> dict[str, Any]:
     """Everything the rows of :func:`measure_subject` depend on, as JSON values.
 
     Raises:
@@ -81,7 +82,7 @@ def determinants(subject: Subject, task: TaskSpec, entries: Sequence[MeasureEntr
                 "split": entry.split,
                 "examples": entry.examples,
                 "batch_size": entry.batch_size,
-                "settings": entry.all_settings().model_dump(mode="json"),
+                "settings": entry.settings_for(seed).model_dump(mode="json"),
                 "code": measure_code(MEASURES[entry.measure].run.__module__),
             }
             for entry in entries
@@ -111,6 +112,8 @@ def measure_subject(
     entries: Sequence[MeasureEntry],
     unfinished: Unfinished,
     watch: Callable[[str], Watch] | None = None,
+    *,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """The rows of every measure in every space asked for.
 
@@ -120,6 +123,7 @@ def measure_subject(
         entries: the measures.
         unfinished: what an interrupted call has finished, which is not computed again; what this call finishes goes in.
         watch: name of a measurement → what is told of its progress.
+        seed: training seed of the subject, by which directions are drawn (:meth:`MeasureEntry.settings_for`).
 
     Raises:
         UserError: bad data, an adapter of another base model, too few examples.
@@ -151,7 +155,12 @@ def measure_subject(
                 seen = watch(f"{entry.measure}, {name} space" if name else entry.measure) if watch else None
                 measure = MEASURES[entry.measure]
                 store = unfinished.points(entry.measure, name) if measure.keeps_points else None
-                found = measure.result(objective, spaces[kind], entry.all_settings(), trained, seen, store).rows()
+                settings = entry.settings_for(seed)
+                result = measure.result(objective, spaces[kind], settings, trained, seen, store)
+                found = result.rows()
+                available = len(getattr(loaded, entry.split))
+                used = entry.examples or available
+                found += subset_rows(found, used, available, objective, spaces[kind], result, settings)
                 unfinished.add(entry.measure, name, found)
             rows += found
     return rows_frame(rows)

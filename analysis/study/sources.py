@@ -91,7 +91,8 @@ def measure_code(measure_module: str) -> str:
     """Digest of the sources that determine a measurement by the function defined in ``measure_module``."""
     core = ("analysis.core.objective", "analysis.core.space", "analysis.core.trained")
     # What hands the examples and the space to the measure counts too, but not all the measures it knows.
-    return source_digest({*closure([measure_module, *core]), "analysis.study.work", "analysis.frame"})
+    around = ("analysis.study.work", "analysis.study.subset", "analysis.frame")
+    return source_digest({*closure([measure_module, *core]), *around})
 
 
 def presentation_code() -> str:

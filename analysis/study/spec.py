@@ -18,6 +18,10 @@ Label = Annotated[str, Field(min_length=1, max_length=60)]
 Split = Literal["train", "validation"]
 
 
+VARIANTS = ("kind", "plane", "m")
+"""Settings by which rows of one measure are told apart: measurements that differ in one may stand in one study."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -162,9 +166,10 @@ class StudySpec(_Section):
             )
         seen: dict[tuple[Any, ...], int] = {}
         for i, entry in enumerate(self.measures):
-            kind = getattr(entry.all_settings(), "kind", None)
+            settings = entry.all_settings()
+            variant = tuple(getattr(settings, name, None) for name in VARIANTS)
             for space in entry.all_spaces():
-                first = seen.setdefault((entry.measure, space, entry.split, kind), i)
+                first = seen.setdefault((entry.measure, space, entry.split, variant), i)
                 if first != i:
                     text = f"measures the same as measures.{first}: join the two, so that each row has one source"
                     raise PydanticCustomError("repeated", "{text}", {"text": text, "at": ("measures", str(i))})

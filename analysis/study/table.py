@@ -95,6 +95,34 @@ def rows_table(frame: pd.DataFrame) -> Table:
     return table
 
 
+def differences_table(differences: pd.DataFrame) -> Table:
+    """Paired differences of whole spaces, a line a method and quantity, without points of lines and repeated means.
+
+    The interval is uncorrected; a verdict is that of the interval corrected over methods.
+    """
+    rows = differences[(differences["layer"] == "") & (differences["measure"] != "landscape")]
+    rows = rows[~rows["quantity"].isin(["converged", "loss_rise_mean"])]
+    inside = bool((rows["over"] == "directions").any())
+    caption = "over directions: of these trained models alone; another training may differ the other way"
+    table = Table(
+        title=f"differences to {differences['baseline'].iloc[0]}, 95 % intervals", caption=caption if inside else None
+    )
+    for name in ("method", "quantity", "difference", "interval", "over", "verdict"):
+        table.add_column(name, justify="right" if name in ("difference", "interval") else "left")
+    for row in rows.to_dict("records"):
+        title = _title(tuple(_hashable(row[name]) for name in _LINE))
+        title += f", {row['index']}" if row["index"] >= 0 else ""
+        known = math.isfinite(row["low"])
+        interval = f"[{_number(row['low'])}, {_number(row['high'])}]" if known else ""
+        count = row["n_directions"] if row["over"] == "directions" else row["n_seeds"]
+        over = f"{count} {row['over']}" if count > 1 else "1 seed"
+        lost = {"not finite": row["n_non_finite"], "unmatched": row["n_unmatched"]}
+        over = ", ".join([over, *(f"{number} {why}" for why, number in lost.items() if number)])
+        verdict = row["verdict"] if known else ""
+        table.add_row(row["method"], title, _number(row["difference"]), interval, over, verdict)
+    return table
+
+
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4g}"
 

@@ -33,6 +33,13 @@ class Unfinished:
         self._finished: dict[str, list[dict[str, Any]]] = stored.get("finished", {}) if same else {}
         self._wrote_stopped = bool(stored.get("stopped"))
         self._name = ""
+        self._writes = True
+
+    def reading(self) -> "Unfinished":
+        """The same for another process of the same work: it knows what is finished, and leaves the files alone."""
+        reader = copy(self)
+        reader._writes = False
+        return reader
 
     def of(self, name: str) -> "Unfinished":
         """The part of one of several subjects; it is kept with the others."""
@@ -47,6 +54,8 @@ class Unfinished:
     def add(self, measure: str, space: str, rows: list[dict[str, Any]]) -> None:
         """Keep the rows of a finished measurement."""
         self._finished[self._address(measure, space)] = rows
+        if not self._writes:
+            return
         self._forget_stopped()
         self._save()
         self.points(measure, space).remove()

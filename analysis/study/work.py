@@ -15,6 +15,7 @@ from analysis.landscape.store import PointStore
 from analysis.registry import MEASURES
 from analysis.study.spec import MeasureEntry
 from analysis.study.store import ROWS, Store
+from analysis.study.subset import subset_rows
 from bilora.methods import method_class
 from bilora.tasks import Task, TaskKind, TaskSpec, load_model, load_task, load_tokenizer
 from bilora.training.run import CHECKPOINTS, train_run
@@ -64,7 +65,12 @@ class Measuring:
         measure = MEASURES[self.entry.measure]
         points = PointStore(folder / POINTS) if measure.keeps_points else None
         settings = self.entry.settings_for(self.spec.seed)
-        frame = rows_frame(measure.result(objective, space, settings, trained, None, points).rows())
+        result = measure.result(objective, space, settings, trained, None, points)
+        rows = result.rows()
+        available = len(getattr(task_for(self.spec.task, self.spec.model), self.entry.split))
+        used = self.entry.examples or available
+        rows += subset_rows(rows, used, available, objective, space, result, settings)
+        frame = rows_frame(rows)
         frame.to_parquet(folder / ROWS, index=False)
         if points is not None:
             points.remove()

@@ -1,18 +1,19 @@
 """The one place where weights are replaced for a while and put back bit for bit."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from bilora.adapters.interrupts import Exchange
 
-@contextmanager
-def swapped(replacements: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+
+def swapped(replacements: Mapping[nn.Parameter, Tensor]) -> Exchange:
     """Let every parameter hold another tensor inside the ``with`` block.
 
-    The original storage is set aside, never written: what comes back is bit-identical, also when the block raises,
-    and there is no add-then-subtract rounding. A tied parameter is one object and is replaced everywhere at once.
+    The original storage is set aside, never written: what comes back is bit-identical, also when the block raises or
+    Ctrl+C comes while weights are being exchanged, and there is no add-then-subtract rounding. A tied parameter is one
+    object and is replaced everywhere at once.
 
     Backward passes through a forward of the block must run inside the block, since autograd reads the parameter's
     current tensor.
@@ -29,20 +30,20 @@ def swapped(replacements: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
                 f"a replacement of shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device} does not fit a "
                 f"parameter of shape {tuple(parameter.shape)}, {parameter.dtype}, {parameter.device}"
             )
-    originals = {parameter: parameter.data for parameter in replacements}
-    try:
+    originals: dict[nn.Parameter, Tensor] = {}
+
+    def replace() -> None:
+        originals.update((parameter, parameter.data) for parameter in replacements)
         for parameter, tensor in replacements.items():
             parameter.data = tensor
-        yield
-    finally:
+
+    def restore() -> None:
         for parameter, original in originals.items():
             parameter.data = original
 
+    return Exchange(replace, restore)
 
-@contextmanager
-def perturbed(perturbations: Mapping[nn.Parameter, Tensor], scale: float = 1.0) -> Iterator[None]:
+
+def perturbed(perturbations: Mapping[nn.Parameter, Tensor], scale: float = 1.0) -> Exchange:
     """:func:`swapped` with ``parameter + scale·perturbation`` for each ``parameter → perturbation``."""
-    with torch.no_grad():
-        moved = {p: torch.add(p.data, e.to(p.dtype), alpha=scale) for p, e in perturbations.items()}
-    with swapped(moved):
-        yield
+    return swapped({p: torch.add(p.data, e.detach().to(p.dtype), alpha=scale) for p, e in perturbations.items()})

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bilora.cli import options
+from bilora.cli.console import console_for_tables
 from bilora.cli.quiet import silence_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from analysis.study.run import StudyRun
-
-PLAIN_WIDTH = 140
-"""Columns of the table where there is no terminal to ask."""
 
 FAILED = 1
 """Exit code of a study with failed cells."""
@@ -53,9 +51,7 @@ def compare(
 
         spec = read_study(study)
         command = f"bilora compare {study.name if study.is_absolute() else study.as_posix()}"
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=PLAIN_WIDTH)
+        console = console_for_tables()
         try:
             run = run_study(
                 spec, workers=workers, progress=progress_for(Console(stderr=True)), command=command, output=output

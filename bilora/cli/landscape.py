@@ -1,12 +1,14 @@
 """``bilora landscape``: the loss between adapters, and along a training."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bilora.cli import options
+from bilora.cli.console import console_for_tables
 from bilora.cli.measuring_bar import MeasuringBar
+from bilora.cli.processes import from_main, is_main_process, join_processes
 from bilora.cli.quiet import silence_libraries
 from bilora.errors import UserError
 
@@ -33,7 +35,7 @@ def landscape(
         str | None,
         typer.Option("--model", help="The base model, as in `bilora train`.", show_default="what the adapters name"),
     ] = None,
-    space: Annotated[str, typer.Option("--space", help="full or lora.")] = "full",
+    space: Annotated[str, typer.Option("--space", help="full, lora, lora_balanced or all.")] = "full",
     data: options.DataOption = "rotten_tomatoes",
     task_kind: options.KindOption = "classification",
     text_column: options.TextColumnOption = "text",
@@ -49,9 +51,16 @@ def landscape(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Examples a forward pass.")] = 32,
     points: Annotated[int, typer.Option("--points", help="Points along a side, or on a line.")] = 21,
     error: Annotated[
-        float, typer.Option("--error", help="Of interpolated losses, over their range; 0 evaluates every point.")
-    ] = 0.02,
-    precision: Annotated[str, typer.Option("--precision", help="full, or bfloat16 for the forward passes.")] = "full",
+        float | None,
+        typer.Option(
+            "--error",
+            help="Of interpolated losses of a plane, over their range; 0 evaluates every point.",
+            show_default="0.02",
+        ),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="full, or bfloat16 for the forward passes on a plane.")
+    ] = "full",
     workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that holds something else.")] = False,
     verbose: options.VerboseOption = False,
@@ -62,11 +71,15 @@ def landscape(
     if not verbose:
         silence_libraries()
     from pydantic import ValidationError
-    from rich.console import Console
 
-    from analysis.landscape.store import PointStore
     from analysis.study.files import read_measured, write_measured
-    from analysis.study.landscapes import LandscapeSpec, find_adapters, landscape_determinants, landscape_rows
+    from analysis.study.landscapes import (
+        LandscapeSpec,
+        find_adapters,
+        landscape_determinants,
+        landscape_rows,
+        point_stores,
+    )
     from analysis.study.several import named
     from analysis.study.spec import describe
     from analysis.study.table import rows_table
@@ -84,17 +97,18 @@ def landscape(
             "seed": split_seed,
         }
     )
-    given = {
+    given: dict[str, Any] = {
         "kind": kind,
         "space": space,
         "split": split,
         "examples": examples,
         "batch_size": batch_size,
         "points": points,
-        "error": error or None,
         "precision": precision,
         "workers": workers,
     }
+    if error is not None:
+        given["error"] = error or None
     try:
         spec = LandscapeSpec.model_validate(given)
     except ValidationError as failure:
@@ -105,13 +119,17 @@ def landscape(
         if output.resolve().parent == subject.folder.resolve():
             raise UserError(f"--output {output} lies among the files that are measured: choose a place outside")
     made_of = landscape_determinants(subjects, task, spec)
-    frame = read_measured(output, made_of, force=force)
+    join_processes()
+    frame = from_main(lambda: read_measured(output, made_of, force=force))
     if frame is None:
-        store = PointStore(output.with_suffix(".points.jsonl"))
+        stores = point_stores(output, spec, len(subjects))
         with MeasuringBar() as bar:
-            frame = landscape_rows(subjects, task, spec, store, bar.watch(kind))
-        write_measured(output, frame, made_of, named(folders) if len(folders) == 1 else [])
-        store.remove()
-    console = Console()
-    console.print(rows_table(frame))
-    console.print(f"rows in {output}", markup=False, highlight=False, soft_wrap=True)
+            frame = landscape_rows(subjects, task, spec, stores, bar.watch(kind) if is_main_process() else None)
+        if is_main_process():
+            write_measured(output, frame, made_of, named(folders) if len(folders) == 1 else [])
+            for store in stores:
+                store.remove()
+    if is_main_process():
+        console = console_for_tables()
+        console.print(rows_table(frame))
+        console.print(f"rows in {output}", markup=False, highlight=False, soft_wrap=True)

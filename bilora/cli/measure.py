@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bilora.cli import options
+from bilora.cli.console import console_for_tables
 from bilora.cli.measuring_bar import MeasuringBar
 from bilora.cli.plot import plot
+from bilora.cli.processes import from_main, is_main_process, join_processes
 from bilora.cli.quiet import silence_libraries
 from bilora.errors import UserError
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.study.spec import MeasureEntry
+
+DEFAULT_MEASURES = "quality,random,adversarial"
 
 
 def register(app: typer.Typer) -> None:
@@ -32,7 +36,17 @@ def measure(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file for the rows; its JSON goes beside it.")],
-    what: Annotated[str, typer.Option("--what", help="Measures, separated by commas.")] = "quality,random,adversarial",
+    what: Annotated[
+        str | None, typer.Option("--what", help="Measures, separated by commas.", show_default=DEFAULT_MEASURES)
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="Measures and settings of a published result: figure4 or table-a6 of the Bi-LoRA paper.",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="The base model, as in `bilora train`.", show_default="what the adapter names"),
@@ -40,7 +54,9 @@ def measure(
     space: Annotated[
         str | None,
         typer.Option(
-            "--space", help="full, lora, lora_balanced, separated by commas.", show_default="full and lora, if it has"
+            "--space",
+            help="full, lora, lora_balanced, all, separated by commas.",
+            show_default="full and lora, if it has",
         ),
     ] = None,
     data: options.DataOption = "rotten_tomatoes",
@@ -78,13 +94,17 @@ def measure(
     assigned = options.parse_assignments(settings, "--set")
     if se is not None:
         assigned["random.se"] = se
+    if what is not None and preset is not None:
+        raise UserError(f"--preset {preset} says what to measure: leave out --what")
     if output.suffix != ".parquet":
         raise UserError(f"--output {output} is no .parquet file: name it so")
     if not verbose:
         silence_libraries()
     from analysis.core.measure import Interrupted
     from analysis.frame import rows_frame
+    from analysis.study.differences import check_free
     from analysis.study.files import read_measured, write_measured
+    from analysis.study.presets import preset_named
     from analysis.study.several import determinants_of, measure_subjects, named
     from analysis.study.single import find_subject
     from analysis.study.unfinished import Unfinished
@@ -103,7 +123,11 @@ def measure(
         }
     )
     common = {"split": split, "examples": examples, "batch_size": batch_size}
-    entries = _entries(_listed(what, "--what"), _listed(space, "--space") if space else [], common, assigned)
+    published = None if preset is None else preset_named(preset)
+    if published is not None:
+        what, assigned = published.what, {**published.settings, **assigned}
+    wanted = _listed(DEFAULT_MEASURES if what is None else what, "--what")
+    entries = _entries(wanted, _listed(space, "--space") if space else [], common, assigned)
     found = [find_subject(subject, model) for subject in subjects]
     for subject in subjects:
         if output.resolve().parent == subject.resolve():
@@ -112,9 +136,21 @@ def measure(
             )
     names = named(subjects)
     made_of = determinants_of(found, task, entries)
-    frame = read_measured(output, made_of, force=force)
+    several = len({method for method, _ in names}) > 1
+    join_processes()
+
+    def before() -> "tuple[pd.DataFrame | None, Unfinished]":
+        finished = read_measured(output, made_of, force=force)
+        if several:
+            check_free(output, force=force)
+        return finished, Unfinished(output, made_of)
+
+    frame, unfinished = from_main(before)
+    if not is_main_process():
+        if frame is None:
+            measure_subjects(found, task, entries, unfinished.reading())
+        return
     if frame is None:
-        unfinished = Unfinished(output, made_of)
         try:
             with MeasuringBar() as bar:
                 frame = measure_subjects(found, task, entries, unfinished, bar.watch)
@@ -126,8 +162,10 @@ def measure(
         write_measured(output, frame, made_of, names)
         unfinished.clear()
     _show(frame, output)
+    if several:
+        _show_differences(frame, output)
     if figures is not None:
-        plot([output], figures)
+        plot([output], figures, [published.figure] if published else None)
 
 
 def _listed(text: str, option: str) -> list[str]:
@@ -171,16 +209,28 @@ def _entries(
     unknown = [space for space in spaces if not any(space in entry.spaces for entry in entries)]
     if unknown:
         raise UserError(
-            f"--space {unknown[0]} is no space of {' or '.join(names)}: choose among full, lora and lora_balanced"
+            f"--space {unknown[0]} is no space of {' or '.join(names)}: choose among full, lora, lora_balanced and all"
         )
     return entries
 
 
 def _show(frame: "pd.DataFrame", output: Path) -> None:
-    from rich.console import Console
-
     from analysis.study.table import rows_table
 
-    console = Console()
+    console = console_for_tables()
     console.print(rows_table(frame))
     console.print(f"rows in {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_differences(frame: "pd.DataFrame", output: Path) -> None:
+    from analysis.study.differences import measured_differences, write_differences
+    from analysis.study.table import differences_table
+
+    console = console_for_tables()
+    differences = measured_differences(frame)
+    if differences.empty:
+        console.print("no differences: no two methods share a training seed", highlight=False)
+        return
+    console.print(differences_table(differences))
+    path = write_differences(output, differences)
+    console.print(f"differences in {path}", markup=False, highlight=False, soft_wrap=True)

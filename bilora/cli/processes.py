@@ -2,13 +2,49 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from bilora.errors import UserError
+
+Value = TypeVar("Value")
 
 
 def is_main_process() -> bool:
     """Whether this process is the one of several (``accelerate launch``) that speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def join_processes() -> None:
+    """Join the processes of ``accelerate launch``, where there are several, so that they share the work."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState()
+
+
+def from_main(compute: Callable[[], Value]) -> Value:
+    """What ``compute`` gives on the main process, on every one of them: what it finds on disk may change meanwhile.
+
+    Raises:
+        UserError: as ``compute``, on every process.
+    """
+    if not _has_group():
+        return compute()
+    import torch.distributed as dist
+
+    box: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            box[0] = compute()
+        except UserError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    value, refusal = box
+    if refusal is not None:
+        raise refusal
+    return value
 
 
 @contextmanager

@@ -13,21 +13,31 @@ IGNORED = -100
 
 
 def classification_metrics(prediction: Any) -> dict[str, float]:
-    """``accuracy``, ``f1`` (macro, over the classes that occur) and ``matthews`` of a ``transformers.EvalPrediction``.
-
-    Matthews correlation for any number of classes: Gorodkin, Comput. Biol. Chem. 28 (2004); 0 where it is undefined.
-    """
+    """``accuracy``, ``f1`` (macro over classes that occur) and ``matthews`` of a ``transformers.EvalPrediction``."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    predicted, labels = np.asarray(logits).argmax(-1), np.asarray(prediction.label_ids)
-    classes = int(max(np.asarray(logits).shape[-1], labels.max() + 1))
-    confusion = np.zeros((classes, classes))  # rows: true class, columns: predicted class
+    confusion = confusion_matrix(np.asarray(logits).argmax(-1), np.asarray(prediction.label_ids))
+    right, occurring = np.diag(confusion), confusion.sum(1) + confusion.sum(0)
+    f1 = 2 * right[occurring > 0] / occurring[occurring > 0]
+    matthews = matthews_correlation(confusion)
+    return {"accuracy": float(right.sum() / confusion.sum()), "f1": float(f1.mean()), "matthews": matthews}
+
+
+def confusion_matrix(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Counts of (true class, predicted class), float64, from two integer arrays of one length, at least 1."""
+    classes = int(max(predicted.max(), labels.max())) + 1
+    confusion = np.zeros((classes, classes))
     np.add.at(confusion, (labels, predicted), 1.0)
+    return confusion
+
+
+def matthews_correlation(confusion: np.ndarray) -> float:
+    """Matthews correlation of any number of classes from their counts (true, predicted); 0 where it is undefined.
+
+    Gorodkin, Comput. Biol. Chem. 28 (2004).
+    """
     right, truly, chosen, total = np.diag(confusion), confusion.sum(1), confusion.sum(0), confusion.sum()
-    occurs = truly + chosen > 0
-    f1 = 2 * right[occurs] / (truly + chosen)[occurs]
     spread = (total**2 - chosen @ chosen) * (total**2 - truly @ truly)
-    matthews = (right.sum() * total - chosen @ truly) / math.sqrt(spread) if spread > 0 else 0.0
-    return {"accuracy": float(right.sum() / total), "f1": float(f1.mean()), "matthews": float(matthews)}
+    return float((right.sum() * total - chosen @ truly) / math.sqrt(spread)) if spread > 0 else 0.0
 
 
 def next_token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

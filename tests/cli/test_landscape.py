@@ -5,42 +5,44 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification
 
+from analysis import Objective
 from bilora.cli.app import main
+from bilora.cli.measuring_bar import MeasuringBar
 from bilora.tasks import load_tokenizer
+from tests.cli.small import DATA, save_adapter, save_model
 
-DATA = ["--validation-examples", "12", "--train-examples", "12", "--max-length", "16", "--batch-size", "4"]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """``model``; adapters ``a``, ``b``, ``c`` and, of rank 3, ``other`` on it; ``run`` with four checkpoints."""
+    """``model``; adapters ``a``, ``b``, ``c`` and, of rank 3, ``other`` on it; ``run`` with four checkpoints, ``short``
+    with two; ``elsewhere``, an adapter of ``model2``, which differs in the adapted layers alone."""
     root = tmp_path_factory.mktemp("landscapes")
-    tokenizer = load_tokenizer("minilm")
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    base = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **size))
-    base.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    base = save_model(root / "model")
+    with torch.no_grad():
+        base.bert.encoder.layer[0].attention.self.query.weight.mul_(1.5)
+    base.save_pretrained(root / "model2")
+    load_tokenizer("minilm").save_pretrained(root / "model2")
 
-    def save(place, seed, rank=2):
-        torch.manual_seed(seed)
-        fresh = BertForSequenceClassification.from_pretrained(root / "model")
-        config = LoraConfig(r=rank, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
-        get_peft_model(fresh, config).save_pretrained(root / place)
+    def save(place, seed, rank=2, model="model"):
+        save_adapter(root / place, root / model, seed, rank)
 
     for seed, name in enumerate("abc"):
         save(name, seed)
     save("other", 3, rank=3)
     for step in (5, 10, 100, 20):
         save(f"run/checkpoints/checkpoint-{step}", step)
+    for step in (5, 10):
+        save(f"short/checkpoint-{step}", step)
+    save("elsewhere", 4, model="model2")
     return root
 
 
@@ -96,18 +98,33 @@ def test_every_pair_is_connected(folders):
     assert all(len(values) == 1 for values in by_adapter.values())
 
 
+DIES = """
+import os, signal, sys
+from analysis.landscape.store import PointStore
+from bilora.cli.app import main
+
+add, added = PointStore.add, []
+
+def dying(self, key, metrics):
+    add(self, key, metrics)
+    added.append(key)
+    if len(added) == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+PointStore.add = dying
+main(sys.argv[1:])
+"""
+
+
 def test_a_killed_plane_continues(folders, here):
-    arguments = command("adapters", folders, "abc", "--points", "21", "--error", "0")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bilora", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=here
-    )
+    arguments = command("adapters", folders, "abc", "--points", "7", "--error", "0")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", DIES, *arguments], env=environment, cwd=here, timeout=300)
+    assert done.returncode == -signal.SIGKILL
     store = here / "rows.points.jsonl"
-    while process.poll() is None and (not store.exists() or store.read_bytes().count(b"\n") < 30):
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     kept = store.read_bytes()
-    assert 30 <= kept.count(b"\n") < 441
+    assert kept.count(b"\n") == 1 + 30
+    assert not (here / "rows.parquet").exists()
     assert main(arguments) == 0
     rows = pd.read_parquet("rows.parquet")
     losses = rows[rows["quantity"] == "loss"]
@@ -118,11 +135,77 @@ def test_a_killed_plane_continues(folders, here):
     assert not store.exists()
 
 
+def test_lines_between_adapters_are_kept_and_shared_by_workers(folders, here, monkeypatch):
+    assert main(command("connect", folders, "abc", "--points", "5", "--error", "0")) == 0
+    alone = pd.read_parquet("rows.parquet")
+    kept = []
+
+    def stop(self, name):
+        def tell(done, most, note):
+            kept.append(name)
+            if len(kept) == 9:  # 0 to 5 points of the first line, then 0 to 2 of the second
+                raise KeyboardInterrupt
+
+        return tell
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MeasuringBar, "watch", stop)
+        assert main(command("connect", folders, "abc", "--points", "5", "--force")) == 130
+    stored = {path.name: path.read_bytes().count(b"\n") - 1 for path in here.glob("*.jsonl")}
+    assert stored == {"rows.1-2.points.jsonl": 5, "rows.1-3.points.jsonl": 2}
+    evaluated = []
+    evaluate = Objective.evaluate
+    monkeypatch.setattr(Objective, "evaluate", lambda self, space: evaluated.append(1) or evaluate(self, space))
+    assert main(command("connect", folders, "abc", "--points", "5", "--force")) == 0
+    assert len(evaluated) == 15 - 7
+    pd.testing.assert_frame_equal(pd.read_parquet("rows.parquet"), alone)
+    assert not list(here.glob("*.jsonl"))
+
+
+@pytest.mark.slow
+def test_worker_processes_find_the_same_lines(folders):
+    assert main(command("connect", folders, "ab", "--points", "5")) == 0
+    alone = pd.read_parquet("rows.parquet")
+    assert main(command("connect", folders, "ab", "--points", "5", "--workers", "2", "-o", "two.parquet")) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet("two.parquet"), alone)
+
+
+@pytest.mark.parametrize("space", ["all", "lora_balanced"])
+@pytest.mark.parametrize("kind", ["adapters", "trajectory", "connect"])
+def test_every_space(folders, space, kind):
+    names = ["run"] if kind == "trajectory" else "abc"
+    assert main(command(kind, folders, names, "--points", "5", "--error", "0", "--space", space)) == 0
+    rows = pd.read_parquet("rows.parquet")
+    assert set(rows["space"]) == {space}
+    assert main(command(kind, folders, names, "--points", "5", "--error", "0", "-o", "full.parquet")) == 0
+    full = pd.read_parquet("full.parquet")
+    if space == "all":  # what the adapters change is all that differs
+        same = rows["quantity"].isin(["loss", "mark", "distance"])
+    elif kind == "connect":
+        same = (rows["quantity"] == "loss") & rows["radius"].isin([0.0, 1.0])
+    else:
+        same = rows["quantity"] == "mark"
+    assert same.sum() >= 3
+    np.testing.assert_allclose(rows.loc[same, "value"], full.loc[same, "value"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "connect"])
+def test_a_landscape_of_some_examples_says_so_with_its_error(folders, kind):
+    assert main(command(kind, folders, "abc", "--points", "5", "--examples", "8")) == 0
+    rows = pd.read_parquet("rows.parquet")
+    by_quantity = rows.set_index("quantity")["value"]
+    assert (by_quantity["examples"], by_quantity["examples_available"]) == (8, 12)
+    errors = rows[rows["quantity"] == "subset_error"]
+    assert len(errors) == (4 if kind == "adapters" else 3)
+    assert (errors["value"] > 0).all()
+
+
 BAD = {
     "two for a plane": ("adapters", "ab", [], "needs 3 adapters"),
     "one for a line": ("connect", "a", [], "needs 2 adapters"),
     "two runs": ("trajectory", "ab", [], "one run at a time"),
     "no checkpoints": ("trajectory", "a", [], "no checkpoints"),
+    "two checkpoints": ("trajectory", ["short"], [], "needs 3 checkpoints or more, not 2"),
     "twice the same": ("connect", "aa", [], "called a"),
     "another rank": ("connect", ["a", "other"], ["--space", "lora"], "differ"),
     "no adapter": ("connect", ["a", "model"], [], "no adapter"),
@@ -134,6 +217,8 @@ BAD = {
     "too many examples": ("adapters", "abc", ["--examples", "9999"], "ask for fewer"),
     "bad error": ("adapters", "abc", ["--error", "2"], "error"),
     "bad precision": ("adapters", "abc", ["--precision", "float8"], "precision"),
+    "error of a line": ("connect", "ab", ["--error", "0.1"], "error is a setting of planes"),
+    "precision of a line": ("connect", "ab", ["--precision", "bfloat16"], "precision is a setting of planes"),
     "no workers": ("adapters", "abc", ["--workers", "0"], "workers"),
 }
 
@@ -146,6 +231,16 @@ def test_bad_input_is_refused_in_one_line(folders, here, capsys, case):
     (line,) = [line for line in captured.err.strip().splitlines() if line.startswith("error")]
     assert said in line
     assert not (here / "rows.parquet").exists()
+
+
+@pytest.mark.parametrize(("kind", "names"), [("connect", ["a", "elsewhere"]), ("adapters", ["a", "b", "elsewhere"])])
+@pytest.mark.parametrize("space", ["full", "lora"])
+def test_adapters_of_different_base_models_are_refused(folders, here, capsys, kind, names, space):
+    places = [str(folders / name) for name in names]
+    assert main(["landscape", kind, *places, *DATA, "--space", space, "-o", "rows.parquet"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: a, seed 0 and elsewhere, seed 0 were trained on different base models")
+    assert not list(here.iterdir())
 
 
 def test_several_adapters_are_measured_alike_and_told_apart(folders, here):

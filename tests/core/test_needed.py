@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from transformers import (
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
     RobertaConfig,
@@ -49,6 +51,13 @@ def electra():
     return ElectraForSequenceClassification(ElectraConfig(**SMALL, embedding_size=8)).double()
 
 
+def distilbert():
+    config = DistilBertConfig(
+        vocab_size=40, dim=8, n_layers=2, n_heads=2, hidden_dim=12, max_position_embeddings=16, num_labels=3
+    )
+    return DistilBertForSequenceClassification(config).double()
+
+
 def mean():
     return MeanForSequenceClassification(tiny.bert().config).double()
 
@@ -57,7 +66,9 @@ def lengths_seen(model):
     """Positions that the last feed-forward network is given, call by call."""
     seen = []
     body = getattr(model, model.base_model_prefix)
-    body.encoder.layer[-1].intermediate.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    layers = body.transformer.layer if hasattr(body, "transformer") else body.encoder.layer
+    network = layers[-1].ffn if hasattr(layers[-1], "ffn") else layers[-1].intermediate
+    network.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
     return seen
 
 
@@ -65,7 +76,7 @@ def objective():
     return Objective([tiny.padded(part) for part in tiny.split(tiny.examples())])
 
 
-@pytest.mark.parametrize("make", [bert, roberta, electra])
+@pytest.mark.parametrize("make", [bert, roberta, electra, distilbert])
 def test_one_position_is_computed_and_nothing_else_changes(make):
     torch.manual_seed(0)
     model = make().eval()

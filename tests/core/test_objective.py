@@ -110,7 +110,41 @@ def test_accuracy_counts_examples(cases):
         logits = torch.func.functional_call(oracle.base, weights, kwargs=oracle.batch).logits
     hits = int((logits.argmax(-1) == oracle.labels).sum())
     assert 0 < hits < 21
-    assert Objective(BATCHES).evaluate(space)["accuracy"] == hits / 21
+    found = Objective(BATCHES).evaluate(space)
+    assert found["accuracy"] == hits / 21
+    assert found["matthews"] == pytest.approx(matthews(logits.argmax(-1), oracle.labels), rel=1e-12)
+    assert list(found) == ["loss", "accuracy", "matthews"]
+
+
+def matthews(predicted, labels):
+    """From covariances of indicators, over all examples at once."""
+    x, y = (F.one_hot(classes, 3).double() for classes in (predicted, labels))
+    x, y = x - x.mean(0), y - y.mean(0)
+    return float((x * y).sum() / ((x * x).sum() * (y * y).sum()).sqrt())
+
+
+def test_examples_that_are_masked_do_not_count(cases):
+    space, oracle = cases["full"]
+    batches = [{**batch, "labels": batch["labels"].clone()} for batch in BATCHES]
+    labels = torch.cat([batch["labels"] for batch in batches])
+    for batch in batches:
+        batch["labels"][0] = -100
+    kept = torch.cat([batch["labels"] for batch in batches]) != -100
+    with torch.no_grad():
+        predicted = torch.cat([space.model(**batch).logits.argmax(-1) for batch in batches])
+    found = Objective(batches).evaluate(space)
+    assert found["accuracy"] == float((predicted == labels)[kept].double().mean())
+    assert found["matthews"] == pytest.approx(matthews(predicted[kept], labels[kept]), rel=1e-12)
+    assert 0 < int(kept.sum()) < len(kept) == len(oracle.labels)
+
+
+def test_tokens_have_no_matthews_correlation_and_numbers_no_metric():
+    batch = tiny.language_batch(tiny.examples(vocabulary=30))
+    assert list(Objective([batch]).evaluate(WeightSpace.full(tiny.llama()))) == ["loss", "accuracy"]
+    model = tiny.bert()
+    model.config.problem_type = "regression"
+    batch = {**tiny.padded(EXAMPLES), "labels": torch.zeros(21, 3, dtype=torch.float64)}
+    assert list(Objective([batch]).evaluate(WeightSpace.all(model))) == ["loss"]
 
 
 def test_a_language_model_is_weighted_by_predicted_tokens():
@@ -164,7 +198,8 @@ def test_a_dataset_is_bucketed_by_length(cases):
 
     objective = Objective.from_dataset(data, collate, batch_size=6, name="train")
     assert objective.name == "train"
-    assert [len(b["labels"]) for b in objective.batches] == [6, 6, 6, 3]
+    sizes = [len(b["labels"]) for b in objective.batches]
+    assert (len(sizes), max(sizes), sum(sizes)) == (4, 6, 21)
     lengths = [n for b in objective.batches for n in b["attention_mask"].sum(1).tolist()]
     assert all(a >= b for a, b in pairwise(lengths))
     assert objective.loss(space) == pytest.approx(Objective(BATCHES).loss(space), rel=1e-12)

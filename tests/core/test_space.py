@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from analysis.core import Objective, WeightSpace, gaussian, norm
+from analysis.landscape.adapter_plane import trained_space
 from bilora.adapters.auxiliary import AuxiliaryPairs
 from bilora.adapters.layers import adapted_layers
 from bilora.errors import UserError
@@ -114,6 +115,20 @@ def test_perturbed_takes_part_of_the_parameters_and_refuses_strangers(adapted):
         pass
     with pytest.raises(ValueError, match="shape"), space.perturbed({first: torch.ones(1, 8)}):
         pass
+
+
+@pytest.mark.parametrize("gauge", ["trained", "balanced"])
+def test_the_induced_norm_counts_a_head_that_was_trained_along(gauge):
+    model = tiny.with_lora(tiny.bert(), modules_to_save=["classifier"])
+    space = trained_space(model, lambda of: WeightSpace.lora(of, gauge))
+    direction = gaussian(space, 3, 0)
+    head = {name: step for name, step in direction.items() if name.startswith("classifier")}
+    factors = {name: step for name, step in direction.items() if name not in head}
+    assert set(head) == {"classifier.weight", "classifier.bias"}
+    assert space.induced_norm(head, 0.5) == pytest.approx(0.5 * norm(head), rel=1e-12)
+    alone = WeightSpace.lora(model, gauge).induced_norm(factors, 0.5)
+    assert space.induced_norm(factors, 0.5) == pytest.approx(alone, rel=1e-12)
+    assert space.induced_norm(direction, 0.5) == pytest.approx(math.hypot(alone, 0.5 * norm(head)), rel=1e-12)
 
 
 def test_induced_norm_is_that_of_the_materialised_change(adapted):

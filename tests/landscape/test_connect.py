@@ -180,7 +180,7 @@ def test_rows():
     spaces = [WeightSpace.full(with_lora(tiny_bert(), seed=seed)) for seed in (1, 2)]
     found = connectivity(objective, *spaces, labels=("LoRA", "Bi-LoRA"), points=4, watch=lambda *at: seen.append(at))
     rows = found.rows()
-    assert seen == [(i, 4, "losses") for i in range(1, 5)]
+    assert seen == [(i, 4, "points") for i in range(5)]
     assert all(tuple(r) == COLUMNS for r in rows)
     assert {(r["measure"], r["space"], r["split"], r["label"]) for r in rows} == {
         ("connectivity", "full", "validation", "LoRA – Bi-LoRA")

@@ -10,9 +10,11 @@ from torch import nn
 
 from analysis.core import COLUMNS, Objective, WeightSpace, norm
 from analysis.frame import to_frame
+from analysis.landscape import surface as surface_module
 from analysis.landscape.plane import Plane
 from analysis.landscape.random_plane import random_plane
-from analysis.landscape.surface import LADDER, MEASURE, SurfaceSettings, loss_surface
+from analysis.landscape.rounding import factor, nodes_to_check
+from analysis.landscape.surface import LADDER, MEASURE, SurfaceSettings, common_extent, loss_surface
 from bilora.errors import UserError
 from tests.oracles import tiny
 from tests.sharpness.cases import Quadratic, flat, quadratic_objective
@@ -60,17 +62,48 @@ def test_the_centre_is_the_unperturbed_loss_and_the_weights_stay(bert, precision
     np.testing.assert_array_equal(surface.x, -surface.x[::-1])
 
 
-def test_bfloat16_says_how_far_it_is_off(bert):
-    objective, space = bert
-    plane = random_plane(space, seed=0)
-    exact = loss_surface(objective, space, plane, points=9, extent=0.5, error=None)
-    half = loss_surface(objective, space, plane, points=9, extent=0.5, error=None, precision="bfloat16")
-    assert half.precision == "bfloat16"
-    off = np.abs(half.losses - exact.losses) / np.ptp(exact.losses)
-    assert 0 < half.precision_error <= 0.02
-    assert off.max() <= 4 * half.precision_error + 0.01
-    assert half.precision_cosine > 0.99
-    assert exact.precision_error == 0
+def test_bfloat16_says_how_far_it_is_off_at_most(monkeypatch):
+    """Of 16 tiny models, at most one surface is farther off than it says; four points checked fell short on most."""
+    monkeypatch.setattr(surface_module, "PRECISION_ERROR", math.inf)
+    objective = Objective([tiny.padded(part) for part in tiny.split(tiny.examples())], name="train")
+    shares, seen = [], []
+    for seed in range(16):
+        model = tiny.with_lora(tiny.bert(torch.float32, seed=seed, hidden=(8, 16)[seed % 2]), seed=seed + 1)
+        space = WeightSpace.full(model)
+        given = {"points": 7, "extent": 0.5, "error": None}
+        plane = random_plane(space, seed=seed)
+        exact, half = (loss_surface(objective, space, plane, precision=p, **given) for p in ("full", "bfloat16"))
+        assert (half.precision, half.precision_checked, exact.precision_error) == ("bfloat16", 8, 0)
+        off = np.abs(half.losses - exact.losses).max() / np.ptp(half.losses)
+        shares.append(off / half.precision_error)
+        seen.append(off / half.precision_seen)
+        assert half.precision_error == pytest.approx(half.precision_seen * factor(8, 48))
+        assert 0.9 < half.precision_cosine < 1
+    assert sum(share > 1 for share in shares) <= 1
+    assert np.median(shares) > 0.2  # nor is it far too large
+    assert max(seen) > 1  # what was seen alone covers less
+
+
+def test_the_largest_of_all_over_the_largest_checked_has_its_distribution():
+    generator = np.random.default_rng(0)
+    for checked, points in ((8, 55), (22, 441)):
+        draws = generator.exponential(size=(4000, points))
+        covered = draws.max(axis=1) <= factor(checked, points) * draws[:, :checked].max(axis=1)
+        assert covered.mean() == pytest.approx(0.95, abs=0.012)
+    assert factor(9, 9) == 1
+
+
+def test_points_that_stand_out_and_points_far_apart_are_checked():
+    nodes = [*np.ndindex(9, 9)]
+    values = {node: 0.1 * node[0] - 0.2 * node[1] for node in nodes}
+    values[3, 5] += 0.5
+    chosen = nodes_to_check(nodes, [values[node] for node in nodes], 9, 9)
+    assert len(chosen) == len(set(chosen)) == 8
+    assert chosen[0] == (3, 5)
+    places = np.array(chosen)
+    assert max(np.abs(places - node).max(axis=1).min() for node in nodes) <= 5
+    values[0, 0] = math.nan
+    assert len(nodes_to_check(nodes, [values[node] for node in nodes], 9, 9)) == 8
 
 
 def test_a_perturbation_that_drowns_in_rounding_is_computed_in_full_precision(bert):
@@ -142,8 +175,10 @@ def test_rows_tell_what_a_figure_needs(bert):
     assert (losses[0]["radius"], losses[0]["y"]) == (-0.2, -0.2)
     assert losses[1]["radius"] == surface.x[1]
     assert losses[9]["y"] == surface.y[1]
-    interpolated = [not math.isnan(r["standard_error"]) for r in losses]
-    assert sum(interpolated) == 81 - surface.evaluated.sum()
+    left = [r["residual"] for r in losses]
+    expected = np.where(surface.evaluated, np.nan, surface.error * np.ptp(surface.losses))
+    np.testing.assert_array_equal(left, expected.ravel())
+    assert all(math.isnan(r["standard_error"]) for r in losses)
     scalars = {(r["quantity"], r["index"]): r["value"] for r in rows if r["quantity"] not in ("loss", "accuracy")}
     assert scalars["cosine", -1] == plane.cosine
     assert scalars["axis", 1] == norm(plane.axes[0])
@@ -187,13 +222,72 @@ def test_bad_settings_are_refused(bert):
         ({"extent": -1.0}, "extent"),
         ({"extent": math.inf}, "extent"),
         ({"target_rise": -1.0}, "target_rise"),
+        ({"target_rise": 0.0}, "target_rise"),
+        ({"extent": 0.7, "target_rise": 1.0}, "^extent and target_rise exclude each other"),
         ({"error": 0.0}, "error"),
         ({"error": 1.5}, "error"),
         ({"precision": "float8"}, "precision"),
         ({"workers": 0}, "workers"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=said) as error:
             loss_surface(objective, space, plane, **settings)
+        assert "\n" not in str(error.value)
+
+
+def test_axes_that_span_no_plane_are_refused(quadratic):
+    objective, space = quadratic
+    u, v = random_plane(space, seed=0).axes
+    nothing = {name: torch.zeros_like(step) for name, step in u.items()}
+    for axes, said in (
+        ((u, u), "parallel"),
+        ((u, {name: -2 * step for name, step in u.items()}), "parallel"),
+        ((nothing, v), "is zero"),
+        ((u, nothing), "is zero"),
+        ((u, {"layer.weight": v["layer.weight"]}), "none of the all space"),
+    ):
+        plane = Plane("adapters", axes, None, ("one", "other"), 0.0, (-1.0, 1.0, -1.0, 1.0))
+        with pytest.raises(UserError, match=said):
+            loss_surface(objective, space, plane)
+
+
+def test_one_extent_for_several_spaces_is_the_largest_of_theirs(quadratic):
+    objective, space = quadratic
+    flatter = Quadratic(definite=True)
+    with torch.no_grad():
+        flatter.H.mul_(1e-3)
+    spaces = [space, WeightSpace.all(flatter)]
+    planes = [random_plane(each, seed=0) for each in spaces]
+    alone = [
+        loss_surface(objective, *pair, points=5, target_rise=1.0, error=None).x[-1]
+        for pair in zip(spaces, planes, strict=True)
+    ]
+    assert alone[0] < alone[1] == common_extent(objective, spaces, planes, 1.0)
+    with pytest.raises(UserError, match="rises by less than 1e\\+20 up to ±500"):
+        common_extent(objective, spaces, planes, 1e20)
+    with pytest.raises(UserError, match="1 planes do not fit 2 spaces"):
+        common_extent(objective, spaces, planes[:1])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_points_carry_the_norm_of_the_change_of_the_merged_weights(kind):
+    model = tiny.with_lora(tiny.bert(torch.float64))
+    space = getattr(WeightSpace, kind)(model)
+    base = random_plane(space, seed=0)
+    objective = Objective([tiny.padded(part) for part in tiny.split(tiny.examples())])
+    for origin in (None, base.axes[1]):
+        plane = Plane("filter", base.axes, origin, ("x", "y"), base.cosine, base.window)
+        surface = loss_surface(objective, space, plane, points=5, extent=0.5, error=None)
+        for i, j in ((0, 0), (1, 4), (2, 2)):
+            expected = space.induced_norm(plane.at(float(surface.x[j]), float(surface.y[i])))
+            assert surface.induced_norms[i, j] == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    rows = [r["induced_norm"] for r in surface.rows() if r["quantity"] == "loss"]
+    assert rows == surface.induced_norms.ravel().tolist()
+
+
+def test_the_default_window_is_the_same_for_every_adapter(bert):
+    objective, space = bert
+    surface = MEASURE.run(objective, space, SurfaceSettings(points=5), None)
+    assert (surface.x[0], surface.x[-1]) == (-1.0, 1.0)
 
 
 def test_a_plane_with_an_origin_is_read_relative_to_it(quadratic):

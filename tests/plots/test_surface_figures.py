@@ -231,9 +231,8 @@ def test_a_path_is_drawn_in_order_with_the_variance_it_explains(frame):
     paths = [line for line in axes.lines if line.get_label() == "_path"]
     np.testing.assert_allclose(paths[0].get_xdata(), marks.sort_values("index")["radius"])
     said = " ".join(" ".join(t.get_text().split()) for t in figure.findobj(mpl.text.Text))
-    assert "86 % of the squared distance from the final weights" in said
-    assert "9 % of the squared distance from the final weights" in said
-    assert "variance" not in said, "it is taken about the final weights and not about the mean"
+    assert "86 % of the checkpoints' variance" in said
+    assert "9 % of the checkpoints' variance" in said
     adapters = panels_of(surface_contours(frame, "adapters"))[0]
     assert not [line for line in adapters.lines if line.get_label() == "_path"]
 

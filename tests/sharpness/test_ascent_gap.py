@@ -15,7 +15,7 @@ from tests.sharpness.cases import (
     assert_same_bits,
     bert_objective,
     fail_at,
-    loss_by_sentence,
+    losses_by_sentence,
     normal,
     quadratic_objective,
     state,
@@ -79,22 +79,32 @@ def test_a_padded_bert_against_weights_changed_by_hand():
     result = ascent_gap(objective, space, pairs)
     merged = copy.deepcopy(model).merge_and_unload()
     weights = {name: merged.get_parameter(name).requires_grad_(True) for name in space.parameters}
-    base = loss_by_sentence(merged)
+    alone = losses_by_sentence(merged)
+    base = alone.mean()
     gradient = dict(zip(weights, torch.autograd.grad(base, list(weights.values())), strict=True))
     eps = {f"{layer}.weight": f.scale * f.B @ f.A for layer, f in pairs.items()}
     length = math.sqrt(sum(float(e.square().sum()) for e in eps.values()))
     steepness = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
     step = {name: length / steepness * g for name, g in gradient.items()}
+    by_sentence = []
     for found, change in zip(result.ascents, (eps, step), strict=True):
         moved = copy.deepcopy(merged)
         with torch.no_grad():
             for name, e in change.items():
                 moved.get_parameter(name).add_(e)
-            rise = float(loss_by_sentence(moved) - base)
+            by_sentence.append((losses_by_sentence(moved) - alone).detach())
+            rise = float(by_sentence[-1].mean())
         assert found.loss_rise == pytest.approx(rise, rel=1e-7)
+        assert found.standard_error == pytest.approx(float(by_sentence[-1].std() / 7**0.5), rel=1e-7)
         assert found.first_order == pytest.approx(sum(float((change[n] * gradient[n]).sum()) for n in change), rel=1e-8)
         assert found.induced_norm == pytest.approx(length, rel=1e-10)
     assert abs(result.ratio) < 1
+    gaps = by_sentence[0] - result.ratio * by_sentence[1]
+    error = float(gaps.std() / 7**0.5 / by_sentence[1].mean().abs())
+    assert result.ratio_error == pytest.approx(error, rel=1e-6)
+    assert {r["quantity"]: r["standard_error"] for r in result.rows() if r["kind"] == ""} == {
+        "ratio": result.ratio_error
+    }
 
 
 def test_rows():

@@ -35,7 +35,7 @@ from tests.sharpness.cases import (
 
 
 def six_examples():
-    """In batches of 4 and 2, so that the second group of 3 reaches over both."""
+    """In batches of 4 and 2."""
     x = normal(6, 15, seed=4)
     return Objective([{"x": x[:4]}, {"x": x[4:]}], name="train"), x
 
@@ -59,12 +59,14 @@ def six_sentences():
 
 def test_two_groups_of_a_quadratic_by_hand():
     model = Quadratic()
-    objective, x = six_examples()
+    objective, _ = six_examples()
     result = m_sharpness(objective, WeightSpace.all(model), [0.2, 1.5], m=3)
     theta = model.theta().detach()
+    parts = [torch.cat([batch["x"] for batch in group.batches]) for group in groups_of(objective, 3, seed=0)]
+    assert [len(part) for part in parts] == [3, 3]
     for i, rho in enumerate((0.2, 1.5)):
         rises = []
-        for part in (x[:3], x[3:]):
+        for part in parts:
             g = model.H @ (theta - part.mean(0))
             d = rho * g / g.norm()
             rises.append(float(g @ d + 0.5 * d @ model.H @ d))
@@ -89,21 +91,31 @@ def test_all_examples_in_one_group_are_the_worst_case(kind):
 
 def test_a_group_over_two_padded_batches_is_its_sentences():
     objective, examples = six_sentences()
-    groups = groups_of(objective, 3)
-    assert [[len(batch["labels"]) for batch in group.batches] for group in groups] == [[3], [1, 2]]
-    assert len({batch["input_ids"].shape[1] for batch in groups[1].batches}) == 2
     model = tiny_bert()
     space = WeightSpace.full(model)
-    for group, part in zip(groups, (examples[:3], examples[3:]), strict=True):
-        alone = [model(input_ids=ids[None], labels=label[None]).loss.item() for ids, label in part]
-        assert group.loss(space) == pytest.approx(sum(alone) / 3, rel=1e-12)
+    loss_of = {
+        tuple(ids.tolist()): model(input_ids=ids[None], labels=label[None]).loss.item() for ids, label in examples
+    }
+    seen, widths = [], set()
+    for group in groups_of(objective, 3, seed=0):
+        held = [
+            tuple(ids[mask.bool()].tolist())
+            for batch in group.batches
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        seen += held
+        widths.add(tuple(batch["input_ids"].shape[1] for batch in group.batches))
+        assert group.loss(space) == pytest.approx(sum(loss_of[ids] for ids in held) / 3, rel=1e-12)
+    assert sorted(seen) == sorted(loss_of)
+    assert any(len(set(of_group)) == 2 for of_group in widths)  # nothing was padded anew
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 6])
-def test_groups_hold_every_example_once_in_order(m):
+def test_groups_hold_every_example_once(m):
     objective, x = six_examples()
-    groups = groups_of(objective, m)
-    assert torch.equal(torch.cat([batch["x"] for group in groups for batch in group.batches]), x)
+    groups = groups_of(objective, m, seed=0)
+    held = torch.cat([batch["x"] for group in groups for batch in group.batches])
+    assert sorted(held.tolist()) == sorted(x.tolist())
     assert [group.weight for group in groups] == [m] * (6 // m)
     assert {group.name for group in groups} == {"train"}
 
@@ -112,7 +124,7 @@ def test_one_step_of_each_group_of_a_bert():
     objective, _ = six_sentences()
     space = WeightSpace.full(with_lora(tiny_bert()))
     result = m_sharpness(objective, space, [0.1, 0.4], m=2)
-    for j, group in enumerate(groups_of(objective, 2)):
+    for j, group in enumerate(groups_of(objective, 2, seed=0)):
         expected = adversarial_sharpness(group, space, [0.1, 0.4])
         np.testing.assert_allclose(result.rises[:, j], [p.loss_rise for p in expected.points], rtol=1e-9)
 
@@ -131,14 +143,19 @@ def test_groups_of_a_language_model_weigh_by_their_tokens(shifted):
     batches = [tiny.language_batch(part) for part in tiny.split(chosen, (3, 1))]
     objective = Objective(batches, shifted=shifted)
     space = WeightSpace.all(tiny.gpt2())
-    result = m_sharpness(objective, space, [0.3], m=2)
+    result = m_sharpness(objective, space, [0.3], m=2, seed=1)
     lost = 1 if shifted else 0
-    assert result.weights.tolist() == [13 - 2 * lost, 12 - 2 * lost]
+    tokens = [
+        sum(int(batch["attention_mask"].sum()) for batch in group.batches) for group in groups_of(objective, 2, seed=1)
+    ]
+    assert result.weights.tolist() == [n - 2 * lost for n in tokens]
+    assert sum(tokens) == 25
+    assert tokens[0] != tokens[1]
     share = result.weights / result.weights.sum()
     assert result.mean[0] == pytest.approx(float(share @ result.rises[0]), rel=1e-12)
     assert abs(result.mean[0] - result.rises[0].mean()) > 1e-6
     if shifted:  # as GPT-2's own loss is, in float32
-        whole = sum(w * g.loss(space) for w, g in zip(share, groups_of(objective, 2), strict=True))
+        whole = sum(w * g.loss(space) for w, g in zip(share, groups_of(objective, 2, seed=1), strict=True))
         assert whole == pytest.approx(objective.loss(space), rel=1e-6)
 
 
@@ -148,6 +165,41 @@ def test_standard_error_is_that_of_a_weighted_mean():
     expected = np.std(result.rises[0], ddof=1) / math.sqrt(6)
     assert result.standard_error[0] == pytest.approx(expected, rel=1e-12)
     assert result.standard_error[0] > 0
+
+
+def test_groups_are_named_by_their_seed():
+    objective, _ = six_examples()
+
+    def parts(seed, of=objective):
+        return [{tuple(x) for batch in group.batches for x in batch["x"].tolist()} for group in groups_of(of, 2, seed)]
+
+    assert parts(3) == parts(3)
+    assert any(parts(seed) != parts(0) for seed in range(1, 5))
+    neighbours = [{tuple(x) for x in objective.batches[0]["x"][i : i + 2].tolist()} for i in (0, 2)]
+    assert any(not any(pair in parts(seed) for pair in neighbours) for seed in range(5))
+    results = [m_sharpness(objective, WeightSpace.all(Quadratic()), [0.5], m=2, seed=seed) for seed in range(4)]
+    assert len({float(result.mean[0]) for result in results}) > 1
+    assert [result.seed for result in results] == [0, 1, 2, 3]
+
+
+def test_standard_error_is_the_spread_over_fresh_examples_grouped_anew():
+    """Examples come sorted, as those of a dataset do: groups of neighbours would give a far larger standard error."""
+    space, means, errors, of_neighbours = WeightSpace.all(Quadratic()), [], [], []
+    model = space.model
+    theta = model.theta().detach()
+    for draw in range(250):
+        x = normal(12, 15, seed=100 + draw)
+        x = x[((theta - x) @ model.H).norm(dim=1).argsort()]
+        result = m_sharpness(Objective([{"x": x}]), space, [0.3], m=3, seed=draw)
+        means.append(result.mean[0])
+        errors.append(result.standard_error[0])
+        g = torch.stack([model.H @ (theta - part.mean(0)) for part in x.split(3)])
+        d = 0.3 * g / g.norm(dim=1, keepdim=True)
+        rises = (g * d).sum(1) + 0.5 * torch.einsum("bi,ij,bj->b", d, model.H, d)
+        of_neighbours.append(float(rises.std() / 2))
+    variance = np.var(means, ddof=1)
+    assert np.mean(np.square(errors)) == pytest.approx(variance, rel=0.25)
+    assert np.mean(np.square(of_neighbours)) > 1.5 * variance
 
 
 def test_a_group_that_leaves_the_numbers_stays_visible():
@@ -161,9 +213,9 @@ def test_a_group_that_leaves_the_numbers_stays_visible():
 
     x = torch.tensor([[1e-6], [1e-6], [1.0], [1.0]])
     objective, space = Objective([{"x": x}]), WeightSpace.full(Overflowing())
-    result = m_sharpness(objective, space, [50.0], m=2)
-    assert np.isfinite(result.rises[0, 0])
-    assert np.isposinf(result.rises[0, 1])
+    result = m_sharpness(objective, space, [50.0], m=1)
+    assert np.isfinite(result.rises[0]).sum() == 2
+    assert np.isposinf(result.rises[0]).sum() == 2
     assert np.isposinf(result.mean[0])
     assert math.isnan(result.standard_error[0])
     assert [r["value"] for r in result.rows() if r["quantity"] == "loss_rise"] == [math.inf]
@@ -178,11 +230,12 @@ def test_groups_that_do_not_come_out_are_refused(m, cure):
 
 @pytest.mark.parametrize(("kind", "label"), [("isotropic", "m=3"), ("elementwise", "m=3 elementwise")])
 def test_rows_carry_m_in_their_kind(kind, label):
-    settings = MEASURE.settings(radii=(0.1, 0.5), m=3, kind=kind)
+    settings = MEASURE.settings(radii=(0.1, 0.5), m=3, kind=kind, seed=4)
     result = MEASURE.run(six_examples()[0], WeightSpace.all(Quadratic()), settings, None)
     rows = result.rows()
     assert all(tuple(r) == COLUMNS for r in rows)
     assert {(r["measure"], r["space"], r["split"], r["kind"]) for r in rows} == {("m_sharpness", "all", "train", label)}
+    assert {r["direction_seed"] for r in rows} == {4}
     rises = [r for r in rows if r["quantity"] == "loss_rise"]
     assert [(r["radius"], r["value"], r["standard_error"]) for r in rises] == list(
         zip((0.1, 0.5), result.mean, result.standard_error, strict=True)

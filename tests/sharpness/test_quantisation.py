@@ -20,6 +20,7 @@ from tests.sharpness.cases import (
     fail_at,
     flat,
     loss_by_sentence,
+    losses_by_sentence,
     normal,
     quadratic_objective,
     state,
@@ -168,6 +169,22 @@ def test_without_factors_there_is_the_merged_form_alone():
         assert quantisation(objective, space, kinds=["nf4 base"]).rows() == []
 
 
+def test_the_error_of_a_rise_is_over_sentences():
+    model = tiny_bert()
+    space = WeightSpace.full(model)
+    result = quantisation(bert_objective(), space, kinds=["int8"])
+    alone = losses_by_sentence(model)
+    with torch.no_grad():
+        for name in space.parameters:
+            weight = model.get_parameter(name)
+            weight.copy_(int8(weight))
+    rises = (losses_by_sentence(model) - alone).detach()
+    found = result.results[0]
+    assert found.loss_rise == pytest.approx(float(rises.mean()), rel=1e-6)
+    assert found.standard_error == pytest.approx(float(rises.std() / 7**0.5), rel=1e-6)
+    assert result.rows()[-1]["standard_error"] == found.standard_error
+
+
 def test_rows():
     model, seen = with_lora(tiny_bert()), []
     space = WeightSpace.full(model)
@@ -176,7 +193,9 @@ def test_rows():
     rows = result.rows()
     assert all(tuple(r) == COLUMNS for r in rows)
     assert [(r["kind"], r["quantity"]) for r in rows] == [
-        (kind, quantity) for kind in ("int8", "nf4", "nf4 base") for quantity in ("loss", "accuracy", "loss_rise")
+        (kind, quantity)
+        for kind in ("int8", "nf4", "nf4 base")
+        for quantity in ("loss", "accuracy", "matthews", "loss_rise")
     ]
     assert {(r["measure"], r["space"], r["split"]) for r in rows} == {("quantisation", "full", "validation")}
     for found in result.results:

@@ -195,10 +195,12 @@ def test_infinite_losses_stay_visible():
 def test_rows_are_directions_and_means():
     model = Quadratic()
     objective, _ = quadratic_objective()
-    settings = MEASURE.settings(radii=(0.1, 0.2), kind="isotropic", directions=3)
+    settings = MEASURE.settings(radii=(0.1, 0.2), kind="isotropic", directions=3, seed=7)
     result = MEASURE.run(objective, WeightSpace.all(model), settings, None)
     rows = result.rows()
     assert all(tuple(r) == COLUMNS for r in rows)
+    assert result.seed == 7
+    assert {r["direction_seed"] for r in rows} == {7}
     assert {(r["measure"], r["space"], r["split"], r["kind"]) for r in rows} == {
         ("random", "all", "train", "isotropic")
     }

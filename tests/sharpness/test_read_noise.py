@@ -103,10 +103,12 @@ def test_without_factors_the_noise_is_on_the_weights():
 
 def test_rows():
     space, seen = WeightSpace.full(with_lora(tiny_bert())), []
-    settings = MEASURE.settings(sigmas=(0.1, 0.4), directions=3)
+    settings = MEASURE.settings(sigmas=(0.1, 0.4), directions=3, seed=7)
     result = MEASURE.run(bert_objective(), space, settings, None, lambda *progress: seen.append(progress))
     rows = result.rows()
     assert all(tuple(r) == COLUMNS for r in rows)
+    assert result.seed == 7
+    assert {r["direction_seed"] for r in rows} == {7}
     assert {(r["measure"], r["space"], r["kind"]) for r in rows} == {("read_noise", "full", "base")}
     single = [r for r in rows if r["quantity"] == "loss_rise"]
     assert [(r["radius"], r["index"]) for r in single] == [(s, j) for s in (0.1, 0.4) for j in range(3)]

@@ -527,10 +527,12 @@ def test_same_seed_same_result():
 
 
 def test_rows_hold_the_bound_and_what_it_rests_on():
-    settings = MEASURE.settings(radii=(0.1, 0.5), kind="filter", steps=3, restarts=2)
+    settings = MEASURE.settings(radii=(0.1, 0.5), kind="filter", steps=3, restarts=2, seed=7)
     result = MEASURE.run(bert_objective(), WeightSpace.full(with_lora(tiny_bert())), settings, None)
     rows = result.rows()
     assert all(tuple(r) == COLUMNS for r in rows)
+    assert result.seed == 7
+    assert {r["direction_seed"] for r in rows} == {7}
     assert {(r["measure"], r["space"], r["split"], r["kind"]) for r in rows} == {
         ("worst_case", "full", "validation", "filter")
     }
@@ -542,16 +544,55 @@ def test_rows_hold_the_bound_and_what_it_rests_on():
     assert column("loss_rise_pga") == [(p.radius, p.pga) for p in result.points]
     assert column("loss_rise_apgd") == [(p.radius, p.apgd) for p in result.points]
     assert column("loss_rise_one_step") == [(p.radius, p.one_step) for p in result.points]
+    starts = [(r["radius"], r["index"], r["value"]) for r in rows if r["quantity"] == "start_rise"]
+    assert starts == [(p.radius, k, rise) for p in result.points for k, rise in enumerate(p.by_start)]
+    assert len(starts) == 4
     assert column("late_gain") == [(p.radius, p.late_gain) for p in result.points]
-    assert column("accuracy") == [
-        (0.0, result.base_metrics["accuracy"]),
-        *((p.radius, p.metrics["accuracy"]) for p in result.points),
-    ]
+    for name in ("accuracy", "matthews"):
+        assert column(name) == [
+            (0.0, result.base_metrics[name]),
+            *((p.radius, p.metrics[name]) for p in result.points),
+        ]
     assert [value for _, value in column("steps") + column("restarts")] == [3, 2]
     curve = [r for r in rows if r["quantity"] == "best_rise" and r["radius"] == 0.5]
     assert [(r["index"], r["value"]) for r in curve] == list(enumerate(result.points[1].curve))
+    errors = [r["standard_error"] for r in rows if r["quantity"] == "loss_rise"]
+    assert errors == [p.standard_error for p in result.points]
     norms = [r["induced_norm"] for r in rows if r["quantity"] == "loss_rise"]
     assert norms == [p.induced_norm for p in result.points]
+    for name in ("one_step", "pga", "apgd"):
+        norms = [r["induced_norm"] for r in rows if r["quantity"] == f"loss_rise_{name}"]
+        assert norms == [p.induced_norms[name] for p in result.points]
+    isotropic = worst_case_sharpness(bert_objective(), WeightSpace.full(with_lora(tiny_bert())), [0.2], steps=1)
+    assert isotropic.points[0].induced_norms["one_step"] == pytest.approx(0.2, rel=1e-9)
+    assert all(norm <= 0.2 * (1 + 1e-9) for norm in isotropic.points[0].induced_norms.values())
+
+
+def test_every_start_tells_what_it_led_to():
+    """The best of them is the bound, the first is a run with one start, and on a ball without traps they agree."""
+    space, objective = WeightSpace.full(with_lora(tiny_bert())), bert_objective()
+    one, many = (worst_case_sharpness(objective, space, [0.3], steps=3, restarts=r, seed=5).points[0] for r in (1, 3))
+    assert many.by_start.shape == (3,)
+    assert max(many.by_start) == many.lower_bound
+    assert one.by_start.tolist() == [many.by_start[0]] == [one.lower_bound]
+    assert len(set(many.by_start)) == 3
+    quadratic, _ = quadratic_objective()
+    settled = worst_case_sharpness(quadratic, WeightSpace.all(Quadratic(definite=True)), [0.5], steps=80, restarts=3)
+    assert settled.points[0].by_start == pytest.approx([settled.points[0].lower_bound] * 3, rel=1e-6)
+
+
+def test_the_error_of_the_bound_is_over_examples_at_the_worst_point():
+    space, objective = WeightSpace.full(with_lora(tiny_bert())), bert_objective()
+    outputs = []
+    space.model.register_forward_hook(lambda module, arguments, output: outputs.append(output.logits.detach()))
+    point = worst_case_sharpness(objective, space, [0.3], steps=3).points[0]
+    labels = torch.cat([batch["labels"] for batch in objective.batches])
+    last = torch.cat(outputs[-3:])
+    first = torch.cat([space.model(**batch).logits.detach() for batch in objective.batches])
+    losses = [torch.nn.functional.cross_entropy(logits, labels, reduction="none") for logits in (first, last)]
+    rises = losses[1] - losses[0]
+    assert point.lower_bound == pytest.approx(float(rises.mean()), rel=1e-9)
+    assert point.standard_error == pytest.approx(float(rises.std() / 7**0.5), rel=1e-9)
 
 
 def test_progress_counts_steps_to_the_end():

@@ -120,8 +120,45 @@ def test_only_shared_seeds_directions_and_radii_are_compared():
     )
     table = paired_differences(frame, "LoRA")
     assert len(table) == 1
-    assert table.iloc[0]["difference"] == pytest.approx(-0.4)
-    assert table.iloc[0]["n_seeds"] == 2
+    row = table.iloc[0]
+    assert row["difference"] == pytest.approx(-0.4)
+    assert (row["n_seeds"], row["n_directions"], row["over"]) == (2, 1, "seeds")
+    assert row["n_unmatched"] == 1 + 2  # a seed of Bi-LoRA, and a direction of LoRA at two seeds
+
+
+def directions(values: dict[str, list[float]], seed: int = 0) -> pd.DataFrame:
+    """Rises of one seed: method → value of direction 0, 1, …"""
+    frame = rows(values, measure="random", kind="filter")
+    return frame.assign(index=frame["seed"], seed=seed)
+
+
+def test_with_one_seed_the_interval_is_over_its_directions_if_asked_for():
+    lora, bilora = [1.0, 1.4, 1.1, 1.6, 1.2], [0.8, 1.3, 0.7, 1.2]
+    frame = directions({"LoRA": lora, "Bi-LoRA": bilora})
+    row = paired_differences(frame, "LoRA", within_seed=True).iloc[0]
+    expected = stats.ttest_rel(bilora, lora[:4])
+    interval = expected.confidence_interval(0.95)
+    assert (row["low"], row["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert row["p_value"] == pytest.approx(expected.pvalue)
+    assert (row["over"], row["n_seeds"], row["n_directions"], row["n_unmatched"]) == ("directions", 1, 4, 1)
+    assert row["verdict"] == "lower"
+    assert paired_differences(frame, "LoRA").iloc[0]["verdict"] == "undecided"
+
+
+def test_with_several_seeds_directions_are_nested_in_them():
+    values = [({"LoRA": [1.0, 1.2], "Bi-LoRA": [0.5, 0.9]}, 0), ({"LoRA": [2.0, 2.4], "Bi-LoRA": [1.8, 1.7]}, 1)]
+    frame = pd.concat([directions(*part) for part in values])
+    inside, across = (paired_differences(frame, "LoRA", within_seed=within) for within in (True, False))
+    pd.testing.assert_frame_equal(inside, across)
+    expected = stats.ttest_1samp([-0.4, -0.45], 0).confidence_interval(0.95)
+    assert (inside.iloc[0]["low"], inside.iloc[0]["over"]) == (pytest.approx(expected.low), "seeds")
+
+
+def test_a_direction_that_is_not_finite_is_counted_and_leaves_the_verdict_open():
+    frame = directions({"LoRA": [1.0, 1.1, 1.05, np.inf], "Bi-LoRA": [0.10, 0.21, 0.14, 0.1]})
+    row = paired_differences(frame, "LoRA", within_seed=True).iloc[0]
+    assert (row["n_non_finite"], row["n_directions"], row["verdict"]) == (1, 4, "undecided")
+    assert row["high"] < 0
 
 
 def test_holm_matches_the_procedure_done_by_hand():

@@ -1,13 +1,22 @@
 """A study file is right, or one line says where it is wrong and what would be right."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from analysis import Objective, WeightSpace
+from analysis.frame import rows_frame
+from analysis.registry import MEASURES
+from analysis.statistics import summarize
+from analysis.study.plan import plan_study
 from analysis.study.run import check_arguments, check_inputs
 from analysis.study.spec import read_study
+from analysis.study.subset import subset_rows
 from bilora.errors import UserError
+from tests.oracles import tiny
 
 Write = Callable[..., Path]
 
@@ -37,6 +46,10 @@ BAD: dict[str, tuple[dict[str, str], list[str]]] = {
     "no examples": ({"examples: 8": "examples: 0"}, ["measures.0.examples", "greater than 0"]),
     "the same measure twice": (
         {"  - {measure: quality, examples: 8}": "  - {measure: quality, examples: 8}\n  - {measure: quality}"},
+        ["measures.1", "measures.0"],
+    ),
+    "the same surface twice": (
+        {"  - {measure: quality, examples: 8}": "  - {measure: surface, points: 5}\n  - {measure: surface, points: 7}"},
         ["measures.1", "measures.0"],
     ),
     "seed twice": ({"seeds: [0]": "seeds: [0, 1, 0]"}, ["seeds", "0 is given twice"]),
@@ -102,6 +115,37 @@ def test_defaults_follow_from_the_file(study_file: Write) -> None:
     assert spec.measures[0].all_spaces() == ("",)
     assert spec.training_of("LoRA")["max_steps"] == 2
     assert spec.training_of("Bi-LoRA")["max_steps"] == 4
+
+
+VARIANTS = [
+    ("surface", [{"plane": "filter"}, {"plane": "eigenvectors"}]),
+    ("m_sharpness", [{"m": 7}, {"m": 3}, {"m": 7, "kind": "filter"}]),
+    ("random", [{"kind": "filter"}, {"kind": "isotropic"}]),
+]
+
+
+@pytest.mark.parametrize(("measure", "variants"), VARIANTS)
+def test_variants_of_a_measure_stand_in_one_study(
+    measure: str, variants: list[dict[str, Any]], study_file: Write
+) -> None:
+    entries = [{"measure": measure, "spaces": ["full"], "examples": 4, **settings} for settings in variants]
+    lines = "\n".join(f"  - {json.dumps(entry)}" for entry in entries)
+    random = "  - {measure: random, kind: filter, radii: [0.2], directions: 2, examples: 4}"
+    spec = read_study(study_file({random: lines}))
+    labels = [cell.label for cell in plan_study(spec).cells if cell.kind == "measure"]
+    assert len(set(labels)) == len(labels)
+
+    space = WeightSpace.full(tiny.with_lora(tiny.bert()))
+    objective = Objective([tiny.padded(part) for part in tiny.split(tiny.examples())])
+    small = {"points": 5, "directions": 2}
+    rows = []
+    for settings in variants:
+        known = MEASURES[measure].settings.model_fields
+        chosen = MEASURES[measure].settings(**{k: v for k, v in small.items() if k in known}, **settings)
+        result = MEASURES[measure].result(objective, space, chosen)
+        rows += result.rows() + subset_rows(result.rows(), 4, 16, objective, space, result, chosen)
+    table = summarize(rows_frame(rows).assign(method="LoRA", seed=0))
+    assert table["kind"].nunique() == len(variants)
 
 
 @pytest.mark.parametrize(
