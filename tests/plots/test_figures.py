@@ -75,6 +75,15 @@ def test_the_gauge_is_that_of_each_space(frame):
     assert describe(frame.query("measure == 'quality'"))["gauge"] == {}
 
 
+def test_a_figure_names_the_seeds_of_its_directions(frame, tmp_path):
+    rows = frame.query("measure in ['random', 'spectrum']").assign(direction_seed=-1)
+    rows.loc[(rows["measure"] == "random") & (rows["quantity"] == "loss_rise"), "direction_seed"] = rows["seed"] + 7
+    draw_all(rows, tmp_path, {}, only=["random", "eigenvalues"])
+    read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("random", "eigenvalues")}
+    assert read["random"]["direction_seeds"] == [7, 8, 9]
+    assert read["eigenvalues"]["direction_seeds"] == []
+
+
 def test_drawing_the_same_rows_again_changes_no_byte(frame, tmp_path):
     only = frame[frame["measure"] == "spectrum"]
     first, second = (draw_all(only, tmp_path / name, {}) for name in ("a", "b"))
