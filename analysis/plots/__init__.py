@@ -65,7 +65,8 @@ class FigureFamily:
 
     def about(self, frame: pd.DataFrame) -> dict[str, Any]:
         """What the figure's JSON says of the rows it is drawn from, beside what made them."""
-        return {"title": self.title, "direction_seeds": direction_seeds(frame, self.measure)}
+        seeds = frame.loc[frame["measure"] == self.measure, "seed"].unique().tolist()
+        return {"title": self.title, "seeds": sorted(seeds), "direction_seeds": direction_seeds(frame, self.measure)}
 
 
 def _curves(name: str, title: str, measure: str, quantity: str, **options: Any) -> FigureFamily:

@@ -37,7 +37,7 @@ def m_sharpness_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataF
     table = table.merge(errors, on=[*place, "radius"], how="left")
     count = table["groups"].where(table["groups"] > 1)
     half = stats.t.ppf((1 + confidence) / 2, count - 1) * table.pop("error")
-    alone = (table["n_seeds"] < 2) & half.notna()
+    alone = (table["n_seeds"] == 1) & half.notna()
     table["half_width"] = table["half_width"].mask(alone, half)
     table["low"], table["high"] = table["mean"] - table["half_width"], table["mean"] + table["half_width"]
     table["over"] = table["over"].mask(alone, GROUPS)
