@@ -197,6 +197,11 @@ def test_scipy_finds_the_dense_eigenvalues_through_the_operator(lora, curvature)
         assert linear.dtype == np.float64
         found = eigsh(linear, 4, which="LA", tol=1e-12, v0=np.ones(lora.space.size), return_eigenvectors=False)
         block = linear @ np.eye(lora.space.size)[:, :3]
+        first = np.eye(lora.space.size)[0]
+        column = lora.dense[curvature][:, 0].numpy()
+        for same in (linear.T, linear.H):
+            np.testing.assert_allclose(same @ first, column, atol=1e-12 * np.abs(dense).max())
+        np.testing.assert_allclose(linear.rmatvec(first), column, atol=1e-12 * np.abs(dense).max())
     np.testing.assert_allclose(np.sort(found), dense[-4:], rtol=1e-10)
     np.testing.assert_allclose(block, lora.dense[curvature][:, :3], atol=1e-12 * np.abs(dense).max())
 
@@ -272,6 +277,25 @@ def test_differences_of_gradients_come_close_and_leave_the_weights_alone(name, k
         assert torch.equal(p, before[key])
 
 
+@pytest.mark.parametrize(("kind", "dtype", "bound"), DIFFERENCES)
+@pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**20])
+def test_differences_do_not_depend_on_the_scale_of_the_weights(kind, dtype, bound, scale):
+    # c·W on x/c is the same function: its Hessian is 1/c² of the one at W, and so is every difference.
+    model, batches = modules.Softmax(dtype=dtype), modules.points(dtype=dtype)
+    with torch.no_grad():
+        model.weight.mul_(scale)
+    for batch in batches:
+        batch["x"] /= scale
+    whole = {key: torch.cat([batch[key] for batch in modules.points()]) for key in ("x", "labels")}
+    dense = DenseOracle.named(modules.Softmax(), whole, ["weight"]).hessian()
+    space = WeightSpace.all(model)
+    V = rows(space, 3, dtype=dtype)
+    with DifferenceOperator(Objective(batches), space, kind=kind) as operator:
+        found = operator.matmat(V).double() * scale**2
+    for product, v in zip(found, V, strict=True):
+        assert relative_error(product, dense @ v.double()) <= bound
+
+
 def test_a_difference_along_nothing_is_nothing(lora):
     with DifferenceOperator(lora.objective, lora.space, kind="central") as operator:
         assert not operator.matmat(torch.zeros(2, operator.size, dtype=operator.dtype)).any()
@@ -299,13 +323,35 @@ ALL_OPERATORS = {**OPERATORS, "differences": DifferenceOperator}
 @pytest.mark.parametrize("kind", ALL_OPERATORS)
 @pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(6)], ids=["dropout", "BatchNorm"])
 def test_a_model_in_training_mode_is_refused(layer, kind):
-    space = WeightSpace.all(modules.Normed(layer))
+    space = WeightSpace.all(modules.normed(layer))
     objective = Objective(modules.points(dtype=torch.float32))
     ALL_OPERATORS[kind](objective, space).matmat(torch.ones(1, space.size))
     space.model.train()
     with pytest.raises(UserError, match=r"eval\(\)") as refusal:
         ALL_OPERATORS[kind](objective, space)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ALL_OPERATORS)
+@pytest.mark.parametrize("least", [0, 5], ids=["every batch", "the largest batch alone"])
+def test_a_model_that_draws_random_numbers_is_refused(least, kind):
+    space = WeightSpace.all(modules.normed(modules.Noise(least)))
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match="switch them off in its forward") as refusal:
+        ALL_OPERATORS[kind](Objective(modules.points(dtype=torch.float32)), space)
+    assert "\n" not in str(refusal.value)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_inside_torchs_attention_is_noticed_while_it_trains():
+    space, objective = (
+        WeightSpace.all(modules.normed(modules.Attending())),
+        Objective(modules.points(dtype=torch.float32)),
+    )
+    HessianOperator(objective, space)
+    space.model.train()
+    with pytest.raises(UserError, match=r"call space\.model\.eval\(\) first"):
+        HessianOperator(objective, space)
 
 
 @pytest.mark.parametrize("kind", ALL_OPERATORS)

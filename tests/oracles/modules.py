@@ -112,17 +112,44 @@ def points(sizes=(3, 6, 2), inputs=5, classes=4, dtype=torch.float64):
     ]
 
 
-class Normed(nn.Module):
-    """A classifier with a layer that behaves differently in training (BatchNorm, dropout)."""
+class Classifier(nn.Module):
+    """Cross entropy of the logits that ``inner`` makes of inputs x."""
 
-    def __init__(self, layer):
+    def __init__(self, inner):
         super().__init__()
-        torch.manual_seed(0)
-        self.inner, self.layer, self.outer = nn.Linear(5, 6), layer, nn.Linear(6, 4)
+        self.inner = inner
 
     def forward(self, x, labels=None):
-        logits = self.outer(torch.tanh(self.layer(self.inner(x))))
+        logits = self.inner(x)
         return SimpleNamespace(logits=logits, loss=None if labels is None else F.cross_entropy(logits, labels))
+
+
+class Noise(nn.Module):
+    """Adds noise to more than ``least`` examples at once, in evaluation mode too."""
+
+    def __init__(self, least=0):
+        super().__init__()
+        self.least = least
+
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x) if len(x) > self.least else x
+
+
+class Attending(nn.Module):
+    """Torch's attention of each example to all, whose dropout is no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, dropout=0.3)
+
+    def forward(self, x):
+        return self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0]
+
+
+def normed(layer):
+    """A classifier with a layer that behaves differently in training (BatchNorm, dropout), or draws random numbers."""
+    torch.manual_seed(0)
+    return Classifier(nn.Sequential(nn.Linear(5, 6), layer, nn.Tanh(), nn.Linear(6, 4)))
 
 
 class EachExample(nn.Module):
