@@ -285,10 +285,12 @@ def _replicates(pairs: pd.DataFrame, within_seed: bool) -> pd.DataFrame:
     if within_seed:
         seeds = found.groupby(keys, dropna=False, sort=False)["seed"].transform("size")
         alone = (seeds == 1) & (found["n_directions"] > 1)
-        inside = pairs.merge(found.loc[alone, [*keys, "n_directions"]], on=keys)
+        place = found.assign(place=range(len(found)))
+        inside = pairs.merge(place.loc[alone, [*keys, "n_directions", "place"]], on=keys)
         finite = np.isfinite(inside["value"])
         inside = inside.assign(value=inside["value"].where(finite), n_non_finite=1 - finite.astype(int))
-        found = pd.concat([found[~alone], inside.assign(over="directions")], ignore_index=True)
+        both = pd.concat([place[~alone], inside.assign(over="directions")], ignore_index=True)
+        found = both.sort_values("place", kind="stable", ignore_index=True).drop(columns="place")
     return found.assign(finite_seed=found["seed"].where(found["value"].notna()))
 
 

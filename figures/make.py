@@ -49,8 +49,8 @@ def make(results: Path, folder: Path) -> list[Path]:
         except NothingToDraw as nothing:
             print(f"left out: {family.name} ({nothing})", file=sys.stderr)
             continue
-        title = {"title": family.title}
-        written += save_figure(family.draw(frame), family.name, folder, table, {**title, **made_by}, formats=("png",))
+        about = {**family.about(frame), **made_by}
+        written += save_figure(family.draw(frame), family.name, folder, table, about, formats=("png",))
     if not written:
         raise UserError(f"{results} holds no rows of any figure: run `make demo` again")
     table = folder / TABLE

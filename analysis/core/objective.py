@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.core.bucketing import buckets
@@ -20,6 +20,8 @@ from bilora.errors import UserError
 
 IGNORED = -100
 """Label that takes no part in the loss."""
+UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")
+"""Losses of transformers that compare each position with its own label."""
 
 
 class Objective:
@@ -34,7 +36,8 @@ class Objective:
             CPU and moved to the model's device one at a time.
         name: what the examples are: the ``split`` of rows.
         shifted: with token labels, whether the model's loss compares position t with label t+1, as causal language
-            models do (masked language models, taggers and encoder–decoders do not).
+            models do (masked language models, taggers and encoder–decoders do not; where transformers tells, a model
+            that does not fit is refused).
 
     Attributes:
         name, shifted: as given.
@@ -116,7 +119,7 @@ class Objective:
         losses: list[float] = []
         scores = Scores()
         for batch, weight in zip(self.batches, self.weights, strict=True):
-            moved = _to_device(batch, space)
+            moved = self._inputs(batch, space)
             output = run_model(space.model, moved)
             loss, predictions = float(_loss_of(output).double()), self._predictions(output, moved)
             losses.append(weight * loss)
@@ -192,7 +195,7 @@ class Objective:
         Raises:
             UserError: the loss is no single number, is not finite, or depends on no parameter of the space.
         """
-        output = run_model(space.model, _to_device(self.batches[index], space))
+        output = run_model(space.model, self._inputs(self.batches[index], space))
         loss = _loss_of(output)
         if loss.numel() != 1:
             raise UserError(f"the model's loss has shape {tuple(loss.shape)}: it must be one number, the batch's mean")
@@ -205,7 +208,13 @@ class Objective:
     @torch.no_grad()
     def batch_value(self, space: WeightSpace, index: int) -> float:
         """The mean loss of batch ``index``. NaN or infinite where the model's loss is."""
-        return float(_loss_of(run_model(space.model, _to_device(self.batches[index], space))).double().mean())
+        return float(_loss_of(run_model(space.model, self._inputs(self.batches[index], space))).double().mean())
+
+    def _inputs(self, batch: Mapping[str, Tensor], space: WeightSpace) -> dict[str, Tensor]:
+        labels = _labels(batch)
+        if self.shifted and labels is not None and labels.dim() > 1 and not labels.is_floating_point():
+            _check_shifted(space.model)
+        return {key: tensor.to(space.device) for key, tensor in batch.items()}
 
     def _terms(self, batch: Mapping[str, Tensor]) -> int:
         """How many numbers the loss of ``batch`` is the mean of."""
@@ -276,8 +285,15 @@ def product(
     )
 
 
-def _to_device(batch: Mapping[str, Tensor], space: WeightSpace) -> dict[str, Tensor]:
-    return {key: tensor.to(space.device) for key, tensor in batch.items()}
+def _check_shifted(model: nn.Module) -> None:
+    """Refuse a model of transformers whose loss does not compare position t with label t+1."""
+    kind = getattr(model, "loss_type", None)
+    two_parts = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if kind in UNSHIFTED or two_parts:
+        raise UserError(
+            f"the loss of {'an encoder-decoder' if two_parts else kind} counts the first label of each example: "
+            "make the objective with shifted=False"
+        )
 
 
 def _labels(batch: Mapping[str, Tensor]) -> Tensor | None:

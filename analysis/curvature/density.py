@@ -5,8 +5,8 @@
 A run is ``m`` Lanczos steps from a random unit vector v: θ_k and ``w_k = (first entry of eigenvector k)²`` are the
 nodes and weights of the Gauss rule for ``vᵀ·f(H)·v``, exact for polynomials f of degree ≤ 2m − 1, and the mean of
 ``vᵀ·f(H)·v`` over v is ``tr f(H)/n``. So the trace and the square of the Frobenius norm are unbiased from two
-steps on; where f has a
-kink (the share of negative curvature) the rule itself errs by about the weight of the nodes next to it.
+steps on; where f has a kink (the share of negative curvature) the rule itself errs by about the weight of the nodes
+next to it.
 
 Lin, Saad, Yang 2016 (Approximating spectral densities of large matrices); Ghorbani, Krishnan, Xiao 2019. All basis
 vectors are orthogonalised against each other (without that, Lanczos repeats eigenvalues and the weights are wrong).
@@ -108,6 +108,7 @@ class SpectralDensity:
     split: str
     label: str  # the operator's: "" for the exact Hessian
     part: str = ""  # which block of the space
+    complete: bool = True  # not cut short by an interrupt
     scale: Scale = "symlog"  # the axis on which rows() spaces its grid and smooths
     points: int = 201  # of that grid
     bounds: tuple[float, float] | None = None  # of that grid
@@ -159,8 +160,8 @@ class SpectralDensity:
         return _number(lambda mean: mean, self.size * self._expected(self.nodes))
 
     def frobenius_norm(self) -> Estimated[float]:
-        """‖H‖_F = sqrt(n·E[Σ w·θ²])."""
-        return _number(np.sqrt, self.size * self._expected(np.square(self.nodes)))
+        """‖H‖_F = sqrt(n·E[Σ w·θ²]), of several runs without the bias of the root to first order in 1/runs."""
+        return _number(np.sqrt, self.size * self._expected(np.square(self.nodes)), unbiased=True)
 
     def negative_share(self) -> Estimated[float]:
         """Σ over negative λ of |λ|, as a share of Σ |λ|; NaN of a zero matrix."""
@@ -176,7 +177,7 @@ class SpectralDensity:
 
     def rows(self) -> list[dict[str, Any]]:
         """``density`` (radius: the eigenvalue, index: the grid point) and the summaries, each with its standard error;
-        ``effective_dimension`` has its alpha as radius; ``runs``; ``products``."""
+        ``effective_dimension`` has its alpha as radius; ``runs``; ``products``; ``complete`` (1 or 0)."""
         common: dict[str, Any] = {"space": self.space, "split": self.split, "kind": self.label, "layer": self.part}
 
         def estimated(quantity: str, found: Estimated[float], **columns: Any) -> dict[str, Any]:
@@ -192,6 +193,7 @@ class SpectralDensity:
             *(estimated("effective_dimension", self.effective_dimension(a), radius=a) for a in self.alphas),
             row("density", "runs", self.runs, **common),
             row("density", "products", self.products, **common),
+            row("density", "complete", float(self.complete), **common),
         ]
 
     def _expected(self, values: Coefficients) -> Coefficients:
@@ -238,7 +240,8 @@ def spectral_density(
 
     Raises:
         UserError: a setting out of range, or a loss or product that is not finite.
-        Interrupted: ``KeyboardInterrupt`` after the first step; its ``result`` is the density of the steps made.
+        Interrupted: ``KeyboardInterrupt`` after the second step of a run; its ``result``, not ``complete``, is the
+            density of the steps made by the runs that made two at least.
     """
     DensitySettings.checked(runs=runs, steps=steps, seed=seed, curvature=curvature)
     with curvature_operator(objective, space, curvature, graphs=graphs, autocast=autocast) as operator:
@@ -253,6 +256,7 @@ def spectral_density(
             part=space.part,
             split=objective.name,
             label=operator.label,
+            complete=not interrupted,
         )
     if interrupted:
         raise Interrupted(density)
@@ -315,7 +319,7 @@ def _quadrature(
                     watch(operator.products - before, most, f"runs {first + 1} to {first + len(group)} of {runs}")
             rules, group = [*rules, *(run.rule() for run in group)], []
     except KeyboardInterrupt:
-        rules += [run.rule() for run in group if run.begun]
+        rules += [run.rule() for run in group if run.usable]
         if not rules or not keep:
             raise
         interrupted = True
@@ -350,9 +354,9 @@ class _Run:
         return self._basis.row(self._basis.length - 1)
 
     @property
-    def begun(self) -> bool:
-        """Whether it has made a step."""
-        return bool(self._diagonal)
+    def usable(self) -> bool:
+        """Whether its rule is exact for squares at least: the rule of one step gives their trace far too low."""
+        return self.ended or len(self._diagonal) > 1
 
     def advance(self, product: Tensor) -> None:
         """Take H times :attr:`vector`."""
@@ -381,26 +385,31 @@ class _Run:
 
 
 def _jackknife(
-    statistic: Callable[[Coefficients], Coefficients], samples: Coefficients
+    statistic: Callable[[Coefficients], Coefficients], samples: Coefficients, *, unbiased: bool = False
 ) -> tuple[Coefficients, Coefficients]:
     """``statistic`` of the mean over runs, and its standard error from leaving out one run at a time (Tukey 1958).
 
     Args:
         statistic: of means along axis 0.
         samples: (runs, ...). For the mean itself the error is the usual ``s/√runs``.
+        unbiased: take the bias away that leaving out runs shows (Quenouille 1956).
     """
     runs = len(samples)
     value = np.asarray(statistic(samples.mean(axis=0)), dtype=np.float64)
     if runs == 1:
         return value, np.full_like(value, math.nan)
     left_out = statistic((samples.sum(axis=0) - samples) / (runs - 1))
+    if unbiased:
+        value = runs * value - (runs - 1) * left_out.mean(axis=0)
     deviation = left_out - left_out.mean(axis=0)
     variance = np.asarray((runs - 1) / runs * np.square(deviation).sum(axis=0), dtype=np.float64)
     return value, np.sqrt(variance)
 
 
-def _number(statistic: Callable[[Coefficients], Coefficients], samples: Coefficients) -> Estimated[float]:
-    value, error = _jackknife(statistic, samples)
+def _number(
+    statistic: Callable[[Coefficients], Coefficients], samples: Coefficients, *, unbiased: bool = False
+) -> Estimated[float]:
+    value, error = _jackknife(statistic, samples, unbiased=unbiased)
     return Estimated(float(value), float(error))
 
 

@@ -60,6 +60,6 @@ def check_deterministic(objective: Objective, space: WeightSpace) -> None:
     cure = "call space.model.eval() first" if training else "switch them off in its forward"
     if math.isfinite(first) and not math.isclose(first, second, rel_tol=ROUNDING, abs_tol=1e-12):
         raise UserError(
-            f"the loss of one batch was {first:.9g}, then {second:.9g}: the model draws random numbers, "
-            f"so that there is no one Hessian; {cure}"
+            f"the loss of one batch was {first:.9g}, then {second:.9g}: the model draws random numbers, so that there "
+            f"is no one Hessian; {cure}"
         )

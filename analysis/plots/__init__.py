@@ -21,7 +21,7 @@ from analysis.plots.layers import LayerQuantity, layer_heatmap, layer_table
 from analysis.plots.m_sharpness import m_sharpness_points, m_sharpness_table
 from analysis.plots.overlap import outside_share_bars, outside_share_table, overlap_heatmap, overlap_table
 from analysis.plots.perturbation import perturbation_curves, perturbation_table
-from analysis.plots.save import save_data, save_figure
+from analysis.plots.save import direction_seeds, save_data, save_figure
 from analysis.plots.surface import surface_contours
 from analysis.plots.surface_data import KINDS, surface_table
 from analysis.plots.surface_html import interactive_surface, write_surface_html
@@ -55,47 +55,67 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FigureFamily:
-    """One figure of every study: its file stem, title, the data it draws and the drawing."""
+    """One figure of every study: its file stem, title, measure, the data it draws and the drawing."""
 
     name: str
     title: str
+    measure: str
     table: Callable[[pd.DataFrame], pd.DataFrame]
     draw: Callable[[pd.DataFrame], Figure]
+
+    def about(self, frame: pd.DataFrame) -> dict[str, Any]:
+        """What the figure's JSON says of the rows it is drawn from, beside what made them."""
+        seeds = frame.loc[frame["measure"] == self.measure, "seed"].unique().tolist()
+        return {"title": self.title, "seeds": sorted(seeds), "direction_seeds": direction_seeds(frame, self.measure)}
 
 
 def _curves(name: str, title: str, measure: str, quantity: str, **options: Any) -> FigureFamily:
     table = partial(perturbation_table, measure=measure, quantity=quantity)
-    return FigureFamily(name, title, table, partial(perturbation_curves, measure=measure, quantity=quantity, **options))
+    return FigureFamily(
+        name, title, measure, table, partial(perturbation_curves, measure=measure, quantity=quantity, **options)
+    )
 
 
 def _layers(name: str, title: str, quantity: LayerQuantity) -> FigureFamily:
     table, draw = partial(layer_table, quantity=quantity), partial(layer_heatmap, quantity=quantity)
-    return FigureFamily(name, title, table, draw)
+    return FigureFamily(name, title, "layers", table, draw)
 
 
 def _surfaces(kind: str) -> FigureFamily:
     table, draw = partial(surface_table, kind=kind), partial(surface_contours, kind=kind)
-    return FigureFamily(f"surface_{kind}", f"Loss on the {KINDS[kind]}", table, draw)
+    return FigureFamily(f"surface_{kind}", f"Loss on the {KINDS[kind]}", "surface", table, draw)
 
 
 FIGURES: tuple[FigureFamily, ...] = (
-    FigureFamily("landscape", "Loss along filter-normalised random lines", landscape_table, landscape_lines),
+    FigureFamily(
+        "landscape", "Loss along filter-normalised random lines", "landscape", landscape_table, landscape_lines
+    ),
     *(_surfaces(kind) for kind in KINDS),
-    FigureFamily("connectivity", "Loss on the path between two solutions", connectivity_table, connectivity_curves),
+    FigureFamily(
+        "connectivity",
+        "Loss on the path between two solutions",
+        "connectivity",
+        connectivity_table,
+        connectivity_curves,
+    ),
     _curves("random", "Loss rise under random perturbations", "random", "loss_rise"),
     _curves("random_induced", "The same over the induced ‖ε_W‖", "random", "loss_rise", x="induced_norm"),
     _curves("adversarial", "Loss rise one gradient step away", "adversarial", "loss_rise"),
     _curves("adversarial_induced", "The same over the induced ‖ε_W‖", "adversarial", "loss_rise", x="induced_norm"),
     _curves("adversarial_accuracy", "Accuracy one gradient step away", "adversarial", "accuracy"),
-    FigureFamily("worst_case", "Worst-case loss rise, a lower bound", worst_case_table, worst_case_curves),
-    FigureFamily("m_sharpness", "m-sharpness, each m for itself", m_sharpness_table, m_sharpness_points),
-    FigureFamily("eigenvalues", "Largest Hessian eigenvalues", eigenvalue_table, eigenvalue_bars),
-    FigureFamily("eigenvalue_ladder", "Every eigenvalue with its residual", eigenvalue_table, eigenvalue_ladder),
-    FigureFamily("density", "Spectral density of the curvature", density_table, density_curves),
+    FigureFamily(
+        "worst_case", "Worst-case loss rise, a lower bound", "worst_case", worst_case_table, worst_case_curves
+    ),
+    FigureFamily("m_sharpness", "m-sharpness, each m for itself", "m_sharpness", m_sharpness_table, m_sharpness_points),
+    FigureFamily("eigenvalues", "Largest Hessian eigenvalues", "spectrum", eigenvalue_table, eigenvalue_bars),
+    FigureFamily(
+        "eigenvalue_ladder", "Every eigenvalue with its residual", "spectrum", eigenvalue_table, eigenvalue_ladder
+    ),
+    FigureFamily("density", "Spectral density of the curvature", "density", density_table, density_curves),
     _layers("layer_eigenvalues", "Top eigenvalue of every layer", "eigenvalue"),
     _layers("layer_traces", "Trace of the curvature of every layer", "trace"),
-    FigureFamily("overlap", "Overlap of primary and auxiliary subspaces", overlap_table, overlap_heatmap),
-    FigureFamily("outside_share", "What LoRA-SAM cannot reach", outside_share_table, outside_share_bars),
+    FigureFamily("overlap", "Overlap of primary and auxiliary subspaces", "subspace", overlap_table, overlap_heatmap),
+    FigureFamily("outside_share", "What LoRA-SAM cannot reach", "subspace", outside_share_table, outside_share_bars),
 )
 
 
@@ -150,10 +170,11 @@ def draw_all(
     written: list[Path] = []
     for family in FIGURES:
         if family.name in tables:
-            made_by = {"title": family.title, **provenance}
+            made_by = {**family.about(frame), **provenance}
             written += save_figure(family.draw(frame), family.name, folder, tables[family.name], made_by)
     written += [FILES[name](frame, folder / name) for name in files]
     if files:
-        made_by = {"title": "Loss surfaces", "files": files, **provenance}
+        seeds = direction_seeds(frame, "surface")
+        made_by = {"title": "Loss surfaces", "files": files, "direction_seeds": seeds, **provenance}
         written += save_data("surface", folder, surface_table(frame), made_by)
     return written

@@ -85,6 +85,11 @@ def width_for(columns: Sequence[object]) -> float:
     return COLUMN if len(columns) == 1 else PAGE
 
 
+def height_for(rows: int, width: float, above: float = 0.75, row: float = 2.0) -> float:
+    """Inches of ``rows`` of panels with legend and caption, which take more lines in a column than on a page."""
+    return above + row * rows + (0.55 if width == COLUMN else 0.0)
+
+
 def draw_bar(axes: Axes, x: float, bar: pd.Series, values: pd.Series, look: MethodStyle, width: float) -> None:
     """A mean (``mean``, ``low``, ``high`` of ``bar``) with its interval, and every seed's value as a dot."""
     axes.bar(x, bar["mean"], 0.9 * width, color=look.colour, alpha=0.55, linewidth=0)

@@ -46,7 +46,9 @@ def landscape_lines(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool
     table = landscape_table(frame, confidence, rise=rise)
     spaces, splits = in_space_order(table["space"]), canvas.variants(table, ["split"])
     width = canvas.width_for(spaces)
-    figure, grid = canvas.panels(len(splits), len(spaces), width, 0.75 + 2.1 * len(splits), sharey="all")
+    figure, grid = canvas.panels(
+        len(splits), len(spaces), width, canvas.height_for(len(splits), width, row=2.1), sharey="all"
+    )
     lost = 0
     for (split,), line in zip(splits, grid, strict=True):
         for space, axes in zip(spaces, line, strict=True):

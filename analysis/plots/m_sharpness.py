@@ -37,7 +37,7 @@ def m_sharpness_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataF
     table = table.merge(errors, on=[*place, "radius"], how="left")
     count = table["groups"].where(table["groups"] > 1)
     half = stats.t.ppf((1 + confidence) / 2, count - 1) * table.pop("error")
-    alone = (table["n_seeds"] < 2) & half.notna()
+    alone = (table["n_seeds"] == 1) & half.notna()
     table["half_width"] = table["half_width"].mask(alone, half)
     table["low"], table["high"] = table["mean"] - table["half_width"], table["mean"] + table["half_width"]
     table["over"] = table["over"].mask(alone, GROUPS)
@@ -62,7 +62,9 @@ def m_sharpness_points(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
     table = m_sharpness_table(frame, confidence)
     spaces, kinds = in_space_order(table["space"]), canvas.variants(table, ["scaling", "split"])
     width = canvas.width_for(spaces)
-    figure, grid = canvas.panels(len(kinds), len(spaces), width, 0.85 + 2.0 * len(kinds), sharey="row")
+    figure, grid = canvas.panels(
+        len(kinds), len(spaces), width, canvas.height_for(len(kinds), width, 0.9), sharey="row"
+    )
     lost, reaches_zero = 0, False
     for (scaling, split), line in zip(kinds, grid, strict=True):
         of_kind = table[(table["scaling"] == scaling) & (table["split"] == split)]

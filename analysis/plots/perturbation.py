@@ -56,7 +56,7 @@ def perturbation_curves(
     shared = x == "induced_norm"
     width = canvas.width_for(spaces)
     figure, grid = canvas.panels(
-        len(kinds), len(spaces), width, 0.75 + 2.0 * len(kinds),
+        len(kinds), len(spaces), width, canvas.height_for(len(kinds), width),
         sharex="row" if shared else "none", sharey="row",
     )  # fmt: skip
     lost, reaches_zero = 0, False

@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from analysis.core.result import DEFAULTS
 from analysis.plots.style import RC
 
 FORMATS = ("png", "pdf", "svg")
@@ -94,6 +95,14 @@ def describe(frame: pd.DataFrame) -> dict[str, Any]:
     about["gauge"] = {space: _GAUGES.get(space, "none") for space in about.get("spaces", [])}
     about["versions"] = versions()
     return about
+
+
+def direction_seeds(frame: pd.DataFrame, measure: str) -> list[int]:
+    """Seeds of the random directions, starts or groups behind the rows of ``measure``; empty where there are none."""
+    if "direction_seed" not in frame:
+        return []
+    found = frame.loc[frame["measure"] == measure, "direction_seed"]
+    return sorted(int(seed) for seed in found.unique() if seed != DEFAULTS["direction_seed"])
 
 
 def frame_hash(frame: pd.DataFrame) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from analysis.plots.canvas import space_title
 from analysis.plots.save import write_atomically
 from analysis.plots.surface_data import (
     Scale,
@@ -30,15 +31,23 @@ if TYPE_CHECKING:
 TITLE = "Loss surfaces"
 
 _COLOURS = "Cividis"
-_ABREAST = 3  # scenes side by side
 _SCENES = 12  # browsers draw no more at a time
-_ROW = 430  # pixels of height
-_LETTERS = 150  # a line of words below
-_APART = 0.08  # between two ticks of height, of the range
+_TOP = 118  # pixels above the scenes: title, menu, names
+_LINE = 17  # pixels of a line of words below
+_ABREAST = {  # scenes side by side: share of the width, pixels of height, distance of the eye, letters a line of words
+    1: (0.82, 310, 1.2, 52),
+    2: (0.88, 380, 1.1, 100),
+    3: (0.92, 400, 1.0, 150),
+}
+_NARROWEST = 330  # pixels of a scene
+_APART = 0.15  # between two ticks of height, of the range
+_BAR_PLACE = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "top", "lenmode": "pixels", "len": 260, "thickness": 16}
 _LABELS = 8  # of marks in a scene; the others tell theirs to the pointer
-_CAMERA = {"eye": {"x": 1.35, "y": -1.65, "z": 1.0}, "center": {"x": 0, "y": 0, "z": -0.12}}
-# Turning one scene turns all: methods are compared from one side.
-_TURN_TOGETHER = """
+_EYE = {"x": 1.35, "y": -1.65, "z": 1.0}
+_MARGIN = 0.06  # of a range, so that ticks of two axes do not meet in a corner
+_SHORT = {"filter": "random plane", "eigenvectors": "eigenvectors", "adapters": "adapters", "trajectory": "trajectory"}
+# Turning one scene turns all: methods are compared from one side. Narrow windows get fewer scenes side by side.
+_SCRIPT = """
 var figure = document.getElementById('{plot_id}'), busy = false;
 figure.on('plotly_relayout', function (change) {
   var key = Object.keys(change).find(function (name) { return /^scene[0-9]*[.]camera$/.test(name); });
@@ -50,7 +59,18 @@ figure.on('plotly_relayout', function (change) {
   busy = true;
   Plotly.relayout(figure, update).then(function () { busy = false; });
 });
-"""
+var abreast = 3;
+function fit() {
+  var wanted = Math.max(1, Math.min(3, Math.floor(figure.clientWidth / NARROWEST)));
+  if (wanted === 3 && abreast === 3) return;
+  abreast = wanted;
+  var layouts = figure.layout.meta[figure.layout.updatemenus[0].active || 0];
+  Plotly.relayout(figure, JSON.parse(JSON.stringify(layouts[wanted - 1])));
+}
+figure.on('plotly_buttonclicked', function () { setTimeout(fit, 0); });
+window.addEventListener('resize', fit);
+fit();
+""".replace("NARROWEST", str(_NARROWEST))
 
 
 def interactive_surface(
@@ -88,15 +108,16 @@ def interactive_surface(
     buttons = []
     for number, choice in enumerate(choices):
         visible = [owner == number for owner in owners]
-        buttons.append({"label": choice.title, "method": "update", "args": [{"visible": visible}, choice.layout]})
+        buttons.append({"label": choice.title, "method": "update", "args": [{"visible": visible}, choice.layout()]})
     for trace, owner in zip(traces, owners, strict=True):
         trace.visible = owner == 0
-    menu = {"buttons": buttons, "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom", "pad": {"b": 34}}
+    menu = {"buttons": buttons, "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom", "pad": {"b": 26}}
+    menu["font"] = {"size": 11}
+    narrower = [[choice.layout(columns) for columns in _ABREAST] for choice in choices]
     figure = go.Figure(data=traces)
     figure.update_layout(
-        {**choices[0].layout, "updatemenus": [menu], "uirevision": "camera"},
-        title={"text": TITLE, "x": 0.01, "y": 0.985, "yanchor": "top"},
-        margin={"l": 10, "r": 10, "t": 125, "b": 115},
+        {**choices[0].layout(), "updatemenus": [menu], "uirevision": "camera", "meta": narrower},
+        title={"text": TITLE, "x": 0.01, "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 14}},
         paper_bgcolor="white",
         font={"family": "DejaVu Sans, Verdana, sans-serif", "size": 12},
         showlegend=False,
@@ -119,10 +140,11 @@ def write_surface_html(figure: "go.Figure", path: Path, title: str = TITLE) -> P
         full_html=True,
         include_plotlyjs=True,
         div_id="surface",
-        post_script=_TURN_TOGETHER,
-        config={"displaylogo": False},
+        post_script=_SCRIPT,
+        config={"displaylogo": False, "responsive": True},
     )
-    page = page.replace("<head>", f"<head><title>{html.escape(title)}</title>", 1)
+    head = f'<title>{html.escape(title)}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+    page = page.replace("<head>", f"<head>{head}", 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_atomically(path, page.encode())
 
@@ -137,8 +159,9 @@ class _Choice:
 
     @property
     def title(self) -> str:
-        where = _safe(", ".join(word for word in (space_and_kind(self.group[0]), self.group[0].split) if word))
-        return f"{where} — {'logarithmic' if self.logarithmic else 'linear'}"
+        first = self.group[0]
+        words = (space_title(first.space), _SHORT.get(first.kind, first.kind), first.split)
+        return _safe(", ".join(word for word in (*words, "log" if self.logarithmic else "linear") if word))
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -156,23 +179,33 @@ class _Choice:
     def height(self, excess: np.ndarray) -> np.ndarray:
         return self.scale.height(excess) if self.logarithmic else np.where(np.isfinite(excess), excess, np.nan)
 
-    @property
-    def layout(self) -> dict[str, Any]:
-        """Scenes, their titles and the words below."""
-        columns = min(len(self.group), _ABREAST)
+    def layout(self, abreast: int = max(_ABREAST)) -> dict[str, Any]:
+        """Scenes, their titles and the words below, with at most ``abreast`` scenes side by side."""
+        wide, tall, away, letters = _ABREAST[abreast]
+        columns = 2 if len(self.group) == 4 and abreast > 1 else min(len(self.group), abreast)
         rows = -(-len(self.group) // columns)
-        low, high = self.ends
-        room = 0.04 * (high - low)
-        found: dict[str, Any] = {"height": 240 + _ROW * rows}
-        across, up = window_for(self.group)
+        across, up = map(_with_margin, window_for(self.group))
+        camera = {"eye": {axis: away * at for axis, at in _EYE.items()}, "center": {"x": 0, "y": 0, "z": -0.12}}
+        lines = [
+            f"{space_and_kind(self.group[0])}.",
+            *_axes(self.group),
+            surface_caption([self.group], relief=True, linear=not self.logarithmic),
+        ]
+        lines = [part for line in lines for part in textwrap.wrap(line, letters)]
+        bottom = 40 + _LINE * len(lines)
+        found: dict[str, Any] = {
+            "height": _TOP + tall * rows + bottom,
+            "margin": {"l": 10, "r": 10, "t": _TOP, "b": bottom},
+        }
         notes = []
         for position, surface in enumerate(self.group):
             row, column = divmod(position, columns)
-            x = (0.94 * column / columns, 0.94 * (column + 1) / columns - 0.01)
+            x = (wide * column / columns, wide * (column + 1) / columns - 0.01)
             y = (1 - (row + 1) / rows, 1 - row / rows - 0.07 / rows)
-            height = {**self.axis, "title": {"text": ""}, "range": [low - room, high + room]}
+            name = "excess loss" if abreast > 1 else ""  # the colour bar says it as well
+            height = {**self.axis, "title": {"text": name}, "range": _with_margin(self.ends)}
             found[_scene(position)] = {
-                "domain": {"x": x, "y": y}, "camera": _CAMERA, "aspectmode": "manual",
+                "domain": {"x": x, "y": y}, "camera": camera, "aspectmode": "manual",
                 "aspectratio": {"x": 1, "y": 1, "z": 0.75},
                 "xaxis": {"title": {"text": "x"}, "range": across, "nticks": 5},
                 "yaxis": {"title": {"text": "y"}, "range": up, "nticks": 5},
@@ -180,10 +213,6 @@ class _Choice:
             }  # fmt: skip
             place = {"x": sum(x) / 2, "y": y[1], "xanchor": "center", "yanchor": "bottom"}
             notes.append(_note(f"<b>{_safe(surface.method)}</b>, seed {surface.seed}", **place))
-        lines = [
-            *_axes(self.group),
-            *textwrap.wrap(surface_caption([self.group], relief=True, linear=not self.logarithmic), _LETTERS),
-        ]
         below = "<br>".join(_safe(line) for line in lines)
         notes.append(_note(below, x=0, y=0, yshift=-12, yanchor="top", xanchor="left", align="left"))
         return {**found, "annotations": notes}
@@ -204,7 +233,7 @@ def _sheet(choice: _Choice, surface: Surface, position: int) -> "go.Surface":
         customdata=told.astype("float32"),
         hovertemplate="<br>".join(lines) + "<extra></extra>", cmin=low, cmax=high, colorscale=_COLOURS,
         showscale=position == 0, connectgaps=False, name=_safe(surface.method),
-        colorbar={**choice.axis, "title": {"text": "excess<br>loss"}, "x": 0.95, "xanchor": "left", "len": 0.8},
+        colorbar={**choice.axis, "title": {"text": "excess<br>loss"}, **_BAR_PLACE},
         contours={"z": {"show": True, "usecolormap": False, "color": "rgba(255,255,255,0.5)", "width": 1}},
     )  # fmt: skip
 
@@ -281,6 +310,11 @@ def _axes(group: Sequence[Surface]) -> list[str]:
     if len(set(words.values())) == 1:
         return [f"Axes x and y: {next(iter(words.values()))}."]
     return [f"Axes x and y of {method}: {text}." for method, text in words.items()]
+
+
+def _with_margin(ends: tuple[float, float]) -> list[float]:
+    room = _MARGIN * (ends[1] - ends[0])
+    return [ends[0] - room, ends[1] + room]
 
 
 def _scene(position: int) -> str:

@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from analysis.plots import canvas
+from analysis.plots.spread import spread_table, spread_words
 from analysis.plots.style import MethodStyle, in_space_order, styles_for
-from analysis.statistics import summarize
 
 ONE_STEP = "_one step"
 """Label of the dashes."""
@@ -39,7 +39,7 @@ def worst_case_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
     steps = steps[steps["radius"] == steps.groupby(place)["radius"].transform("max")]
     last = steps.sort_values("index").groupby(["method", "seed", *place])["value"].transform("last")
     steps = steps.assign(quantity="share_found", value=(steps["value"] / last).where(last != 0, 1.0))
-    return summarize(pd.concat([rows, steps]), confidence).sort_values(
+    return spread_table(pd.concat([rows, steps]), confidence).sort_values(
         [*place, "quantity", "method", "radius", "index"], ignore_index=True
     )
 
@@ -60,7 +60,7 @@ def worst_case_curves(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
     spaces, kinds = in_space_order(table["space"]), canvas.variants(table, ["kind", "split"])
     deep = [2 if _progress(table, kind, split) else 1 for kind, split in kinds]
     width = canvas.width_for(spaces)
-    figure, grid = canvas.panels(sum(deep), len(spaces), width, 1.0 + 2.0 * sum(deep), sharey="row")
+    figure, grid = canvas.panels(sum(deep), len(spaces), width, canvas.height_for(sum(deep), width, 1.0), sharey="row")
     lines, lost, reaches_zero = iter(grid), 0, False
     for (kind, split), panels in zip(kinds, deep, strict=True):
         of_kind = table[(table["kind"] == kind) & (table["split"] == split)]
@@ -91,8 +91,9 @@ def worst_case_curves(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
         if panels == 2:
             _draw_progress(next(lines), of_kind, spaces, styles)
     canvas.legend(figure, [*canvas.line_handles(styles, table["method"], markers=False), *_kinds_of_line()], width)
-    words = "Line: mean over seeds of the larger of two searches, a lower bound of the worst case. "
-    words += canvas.interval_words(table[table["quantity"] == "loss_rise"], "whiskers", confidence)
+    words = "Line: the larger of two searches, a lower bound of the worst case"
+    words += ", mean over seeds. " if table["n_seeds"].max() > 1 else ". "
+    words += spread_words(table[table["quantity"] == "loss_rise"], "whiskers", confidence)
     words += " Points of one radius are set side by side."
     words += " Whiskers that meet the lower edge reach 0 or below." if reaches_zero else ""
     if max(deep) == 2:

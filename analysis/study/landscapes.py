@@ -18,7 +18,7 @@ from analysis.landscape.store import PointStore
 from analysis.study.inputs import content_digest, data_identity, library_versions, model_identity
 from analysis.study.several import named
 from analysis.study.single import ADAPTER, Subject, find_subject
-from analysis.study.sources import measure_code
+from analysis.study.sources import measure_code, source_digest
 from analysis.study.subset import barrier_error, subset_counts, subset_rows
 from analysis.study.work import device, task_for
 from bilora.errors import UserError
@@ -54,8 +54,8 @@ class LandscapeSpec(BaseModel):
     @model_validator(mode="after")
     def _of_planes(self) -> "LandscapeSpec":
         if self.kind == "connect":
-            for name in {"error", "precision"} & self.model_fields_set:
-                if getattr(self, name) not in (None, "full"):
+            for name, value in (("error", self.error), ("precision", self.precision)):
+                if name in self.model_fields_set and value not in (None, "full"):
                     raise ValueError(f"{name} is a setting of planes: a line is evaluated at every point as it is")
         return self
 
@@ -100,7 +100,10 @@ def landscape_determinants(subjects: Sequence[Subject], task: TaskSpec, spec: La
         "base": [model_identity(subject.base) for subject in subjects],
         "task": data_identity(task),
         "landscape": spec.model_dump(mode="json", exclude={"workers"}),
-        "code": [measure_code(module.__name__) for module in (surface, adapter_plane, trajectory, connect)],
+        "code": [
+            *(measure_code(module.__name__) for module in (surface, adapter_plane, trajectory, connect)),
+            source_digest([__name__]),
+        ],
         "versions": library_versions(),
         "device": device(),
     }

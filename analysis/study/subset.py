@@ -38,11 +38,11 @@ def subset_rows(
     examples are not known. It takes a loss at each of these points.
 
     Args:
-        rows: of the measurement, at least one.
+        rows: of the measurement; none where it does not apply.
         used, available: numbers of examples.
         objective, space, result, settings: of the measurement.
     """
-    if used >= available:
+    if used >= available or not rows:
         return []
     kinds = {found["kind"] for found in rows}
     where = {**{name: rows[0][name] for name in ("space", "split")}, "kind": kinds.pop() if len(kinds) == 1 else ""}

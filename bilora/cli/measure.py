@@ -165,7 +165,7 @@ def measure(
     if several:
         _show_differences(frame, output)
     if figures is not None:
-        plot([output], figures, [published.figure] if published else None)
+        plot([output], figures, figure=[published.figure] if published else None)
 
 
 def _listed(text: str, option: str) -> list[str]:

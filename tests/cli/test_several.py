@@ -136,7 +136,7 @@ def test_a_published_result_is_one_command(folders, here, preset, figure):
         accuracy = rows[rows["quantity"] == "accuracy"]
         assert sorted(accuracy["radius"].unique()) == [0.0, 0.5, 1.0, 2.5, 4.0, 5.0]
     drawn = {path.name for path in (here / "figures").iterdir()}
-    assert drawn == {f"{figure}.{ending}" for ending in ("png", "pdf", "svg", "csv", "json")}
+    assert drawn == {f"{figure}.{ending}" for ending in ("png", "pdf", "svg", "csv", "json", "parquet")}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 
 from analysis.core import Objective, WeightSpace
-from analysis.curvature import DifferenceOperator, GaussNewtonOperator, HessianOperator, curvature_operator
+from analysis.curvature import (
+    DifferenceOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    curvature_operator,
+    top_eigenvalues,
+)
 from bilora.errors import UserError
 from tests.oracles import modules, tiny
 from tests.oracles.dense import DenseOracle, flat, relative_error
@@ -32,7 +38,7 @@ class Case:
 
     def __init__(self, space, batches, oracle):
         assert torch.equal(flat(space.parameters.values()), oracle.point)
-        self.space, self.objective = space, Objective(batches)
+        self.space, self.objective = space, Objective(batches, shifted=oracle.shifted)
         self.dense = {"hessian": oracle.hessian(), "ggn": oracle.gauss_newton()}
         for matrix in self.dense.values():
             assert float((matrix - matrix.T).abs().max()) <= 1e-12 * float(matrix.abs().max())
@@ -55,6 +61,17 @@ def tied_llama(pattern=None):
     return Case(space, TOKEN_BATCHES, DenseOracle.named(modules.small_llama(), ALL_TOKENS, chosen))
 
 
+def masked_bert():
+    """Every parameter: tied embeddings, LayerNorm gains, biases; a sixth to a third of the tokens count."""
+    model = modules.masked_bert()
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    names = [name for name, _ in model.named_parameters()]
+    whole = modules.masked_batch(SENTENCES)
+    oracle = DenseOracle.named(modules.masked_bert(), whole, names, shifted=False)
+    ragged = [modules.masked_batch(part) for part in tiny.split(SENTENCES, modules.UNEVEN)]
+    return Case(WeightSpace.all(model), ragged, oracle)
+
+
 def plain_gpt2():
     chosen = tiny.examples((3, 7, 5, 2, 4), vocabulary=30)
     names = [name for name, _ in tiny.gpt2().named_parameters() if re.fullmatch(CONV1D, name)]
@@ -68,6 +85,7 @@ CASES = {
     "lora": lambda: adapted_bert("lora"),
     "every parameter of a tied Llama": tied_llama,
     "tied embeddings and norms": lambda: tied_llama(EMBEDDINGS_AND_NORMS),
+    "every parameter of a tied masked BERT": masked_bert,
     "GPT-2": plain_gpt2,
 }
 
@@ -179,6 +197,11 @@ def test_scipy_finds_the_dense_eigenvalues_through_the_operator(lora, curvature)
         assert linear.dtype == np.float64
         found = eigsh(linear, 4, which="LA", tol=1e-12, v0=np.ones(lora.space.size), return_eigenvectors=False)
         block = linear @ np.eye(lora.space.size)[:, :3]
+        first = np.eye(lora.space.size)[0]
+        column = lora.dense[curvature][:, 0].numpy()
+        for same in (linear.T, linear.H):
+            np.testing.assert_allclose(same @ first, column, atol=1e-12 * np.abs(dense).max())
+        np.testing.assert_allclose(linear.rmatvec(first), column, atol=1e-12 * np.abs(dense).max())
     np.testing.assert_allclose(np.sort(found), dense[-4:], rtol=1e-10)
     np.testing.assert_allclose(block, lora.dense[curvature][:, :3], atol=1e-12 * np.abs(dense).max())
 
@@ -217,6 +240,17 @@ def test_labels_name_what_is_not_the_exact_hessian(lora):
             assert relative_error(operator.matmat(v[None])[0], expected[label]) <= (1e-3 if "diff" in label else 1e-12)
 
 
+@pytest.mark.parametrize("curvature", OPERATORS)
+def test_eigenvalues_of_a_tied_masked_bert_are_numpys(curvature):
+    found_in = masked_bert()
+    dense = np.linalg.eigvalsh(found_in.dense[curvature].numpy())
+    expected = dense[np.argsort(-np.abs(dense))][:5]
+    settings = {"curvature": curvature, "tolerance": 1e-8, "max_products": 400}
+    found = top_eigenvalues(found_in.objective, found_in.space, 5, **settings)
+    assert found.converged.all()
+    np.testing.assert_allclose(found.values, expected, rtol=1e-10)
+
+
 # Rounding of the gradient over the step, plus the curvature's own change along the step.
 DIFFERENCES = [
     ("central", torch.float32, 2e-3),
@@ -241,6 +275,25 @@ def test_differences_of_gradients_come_close_and_leave_the_weights_alone(name, k
             assert relative_error(product / scale, dense @ v.double()) <= bound
     for key, p in space.model.named_parameters():
         assert torch.equal(p, before[key])
+
+
+@pytest.mark.parametrize(("kind", "dtype", "bound"), DIFFERENCES)
+@pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**20])
+def test_differences_do_not_depend_on_the_scale_of_the_weights(kind, dtype, bound, scale):
+    # c·W on x/c is the same function: its Hessian is 1/c² of the one at W, and so is every difference.
+    model, batches = modules.Softmax(dtype=dtype), modules.points(dtype=dtype)
+    with torch.no_grad():
+        model.weight.mul_(scale)
+    for batch in batches:
+        batch["x"] /= scale
+    whole = {key: torch.cat([batch[key] for batch in modules.points()]) for key in ("x", "labels")}
+    dense = DenseOracle.named(modules.Softmax(), whole, ["weight"]).hessian()
+    space = WeightSpace.all(model)
+    V = rows(space, 3, dtype=dtype)
+    with DifferenceOperator(Objective(batches), space, kind=kind) as operator:
+        found = operator.matmat(V).double() * scale**2
+    for product, v in zip(found, V, strict=True):
+        assert relative_error(product, dense @ v.double()) <= bound
 
 
 def test_a_difference_along_nothing_is_nothing(lora):
@@ -270,13 +323,35 @@ ALL_OPERATORS = {**OPERATORS, "differences": DifferenceOperator}
 @pytest.mark.parametrize("kind", ALL_OPERATORS)
 @pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(6)], ids=["dropout", "BatchNorm"])
 def test_a_model_in_training_mode_is_refused(layer, kind):
-    space = WeightSpace.all(modules.Normed(layer))
+    space = WeightSpace.all(modules.normed(layer))
     objective = Objective(modules.points(dtype=torch.float32))
     ALL_OPERATORS[kind](objective, space).matmat(torch.ones(1, space.size))
     space.model.train()
     with pytest.raises(UserError, match=r"eval\(\)") as refusal:
         ALL_OPERATORS[kind](objective, space)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ALL_OPERATORS)
+@pytest.mark.parametrize("least", [0, 5], ids=["every batch", "the largest batch alone"])
+def test_a_model_that_draws_random_numbers_is_refused(least, kind):
+    space = WeightSpace.all(modules.normed(modules.Noise(least)))
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match="switch them off in its forward") as refusal:
+        ALL_OPERATORS[kind](Objective(modules.points(dtype=torch.float32)), space)
+    assert "\n" not in str(refusal.value)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_inside_torchs_attention_is_noticed_while_it_trains():
+    space, objective = (
+        WeightSpace.all(modules.normed(modules.Attending())),
+        Objective(modules.points(dtype=torch.float32)),
+    )
+    HessianOperator(objective, space)
+    space.model.train()
+    with pytest.raises(UserError, match=r"call space\.model\.eval\(\) first"):
+        HessianOperator(objective, space)
 
 
 @pytest.mark.parametrize("kind", ALL_OPERATORS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis.core import Objective, WeightSpace, gaussian
-from analysis.curvature import GaussNewtonOperator, HessianOperator
+from analysis.curvature import GaussNewtonOperator, HessianOperator, spectral_density, trace
 from bilora.errors import UserError
 from tests.oracles import tiny
 
@@ -110,6 +110,66 @@ def test_weights_changed_in_place_are_noticed():
             next(iter(own.parameters.values())).mul_(1.5)
         with pytest.raises(RuntimeError, match="changed"):
             operator(v)
+
+
+def change_of(what, space):
+    """Changes what is not in the space, or the mode of a module."""
+    if what == "a weight outside":
+        with torch.no_grad():
+            space.model.get_parameter("bert.embeddings.word_embeddings.weight").mul_(1.5)
+    elif what == "a new weight outside":
+        space.model.classifier.bias = torch.nn.Parameter(torch.ones_like(space.model.classifier.bias))
+    else:
+        space.model.bert.encoder.layer[0].attention.train()
+
+
+@pytest.mark.parametrize("graphs", ["retain", "rebuild"])
+@pytest.mark.parametrize("what", ["a weight outside", "a new weight outside", "a module that trains"])
+def test_any_change_of_the_model_is_noticed(what, graphs):
+    own = WeightSpace.full(tiny.bert())
+    v = gaussian(own, 0, 0)
+    with HessianOperator(Objective(BATCHES), own, graphs=graphs) as operator:
+        operator(v)
+        change_of(what, own)
+        for ask in (lambda: operator(v), operator.gradient):
+            with pytest.raises(RuntimeError, match="changed"):
+                ask()
+        own.model.eval()
+        if what == "a module that trains":
+            operator(v)
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator])
+@pytest.mark.parametrize(("graphs", "forwards"), [("rebuild", [4, 4]), ("retain", [4, 0])])
+def test_many_vectors_share_one_graph_a_batch(space, kind, graphs, forwards):
+    passes = []
+    vectors = [gaussian(space, 0, index) for index in range(6)]
+    with kind(Objective(BATCHES), space, graphs=graphs) as operator:
+        hook = space.model.register_forward_hook(lambda *_: passes.append(1))
+        try:
+            counted = []
+            for _ in range(2):
+                passes.clear()
+                operator.many(vectors)
+                counted.append(len(passes))
+        finally:
+            hook.remove()
+    assert counted == forwards
+    assert operator.products == 12
+
+
+def test_estimators_ask_for_several_products_at_once(space):
+    passes = []
+    hook = space.model.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        trace(Objective(BATCHES), space, max_products=8, backend="hutchinson", graphs="rebuild")
+        probes = 2
+        assert len(passes) == probes + 2 * 4  # two blocks of four vectors, four batches
+        passes.clear()
+        spectral_density(Objective(BATCHES), space, runs=4, steps=3, graphs="rebuild")
+        assert len(passes) == probes + 3 * 4  # three steps of four runs
+    finally:
+        hook.remove()
 
 
 def test_autocast_on_float64_weights_is_refused(space):

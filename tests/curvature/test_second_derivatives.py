@@ -1,8 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from analysis.core import Objective, WeightSpace, gaussian
+from analysis.curvature import HessianOperator
 from analysis.curvature.second_derivatives import StoredSecondDerivatives
+from tests.oracles import modules
 
 
 def drawn(*shape, seed=0):
@@ -13,7 +17,10 @@ WEIGHT, BIAS = drawn(6, seed=1), drawn(6, seed=2)
 FUNCTIONS = {
     "gelu": F.gelu,
     "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu, named": lambda x: F.gelu(input=x),
     "silu": F.silu,
+    "silu, named": lambda x: F.silu(input=x),
+    "silu, in place": torch.nn.SiLU(inplace=True),
     "layer_norm": lambda x: F.layer_norm(x, (6,)),
     "layer_norm, weighted": lambda x: F.layer_norm(x, (6,), WEIGHT, BIAS, 1e-3),
     "layer_norm over two dimensions": lambda x: F.layer_norm(x, (3, 6)),
@@ -59,3 +66,14 @@ def test_a_third_derivative_is_refused_rather_than_wrong():
     (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(second.sum(), x)
+
+
+def test_an_activation_in_place_serves_kept_graphs():
+    model = nn.Sequential(nn.Linear(5, 6), nn.SiLU(inplace=True), nn.Linear(6, 4)).double()
+    space, objective = WeightSpace.all(modules.Classifier(model)), Objective(modules.points())
+    v = gaussian(space, 0, 0)
+    expected = objective.hvp(space, v)
+    with HessianOperator(objective, space, graphs="retain") as operator:
+        for found in (operator(v), operator(v)):
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-14)

@@ -31,25 +31,27 @@ class DenseOracle:
 
     Args:
         model: plain, without adapter; it runs without dropout.
-        batch: arguments of its forward; one label an example, or one a token, then shifted by one.
+        batch: arguments of its forward; one label an example, or one a token.
         parts: the tensors the vector is made of, in their order.
         weights: tensors shaped like ``parts`` → the model's parameters that they determine, by name.
+        shifted: whether position t predicts the label of token t+1, or its own.
     """
 
-    def __init__(self, model, batch, parts, weights):
+    def __init__(self, model, batch, parts, weights, shifted=True):
         if hasattr(model, "config"):
             # Attention written out; that of Llama rounds its softmax to float32, torch's own does not.
             model.config._attn_implementation = "sdpa" if model.config.model_type == "llama" else "eager"
         self.model, self.parts, self.weights = model.eval(), parts, weights
         self.point = flat(parts)
         self.inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
-        self.by_token = batch["labels"].dim() == 2
-        targets = batch["labels"][:, 1:].flatten() if self.by_token else batch["labels"]
+        self.by_token, self.shifted = batch["labels"].dim() == 2, shifted
+        targets = batch["labels"][:, 1:] if self.by_token and shifted else batch["labels"]
+        targets = targets.flatten()
         self.counted = targets != IGNORED
         self.targets = targets[self.counted]
 
     @classmethod
-    def named(cls, model, batch, names, transposed=()):
+    def named(cls, model, batch, names, transposed=(), shifted=True):
         """The vector is the parameters ``names``; those ``transposed`` enter it transposed."""
         values = {name: model.get_parameter(name).detach() for name in names}
         parts = [value.T if name in transposed else value for name, value in values.items()]
@@ -58,7 +60,7 @@ class DenseOracle:
             named = zip(names, pieces, strict=True)
             return {name: piece.T if name in transposed else piece for name, piece in named}
 
-        return cls(model, batch, parts, weights)
+        return cls(model, batch, parts, weights, shifted)
 
     @classmethod
     def full(cls, base, factors, batch):
@@ -84,7 +86,9 @@ class DenseOracle:
         pieces = [p.view(part.shape) for p, part in zip(vector.split(sizes), self.parts, strict=True)]
         with sdpa_kernel(SDPBackend.MATH):
             logits = torch.func.functional_call(self.model, self.weights(pieces), kwargs=self.inputs).logits
-        return (logits[:, :-1].flatten(0, 1) if self.by_token else logits)[self.counted]
+        if self.by_token:
+            logits = (logits[:, :-1] if self.shifted else logits).flatten(0, 1)
+        return logits[self.counted]
 
     def loss(self, vector):
         return F.cross_entropy(self.logits(vector), self.targets)

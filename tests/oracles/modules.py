@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from tests.oracles import tiny
 
@@ -52,6 +52,31 @@ def uneven_examples():
     return tiny.examples((10, 5, 12, 4, 11, 15, 8, 14, 3, 16, 2), vocabulary=TOKENS, seed=7)
 
 
+def masked_bert(dtype=torch.float64):
+    """One layer of BERT with LayerNorm and GELU that predicts 12 tokens by its own embeddings: 900 parameters."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=TOKENS,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+        initializer_range=0.4,
+        tie_word_embeddings=True,
+    )
+    return BertForMaskedLM(config).to(dtype)
+
+
+def masked_batch(chosen):
+    """Padded on the right; every third token is to be found, its place filled by token 1."""
+    batch = tiny.language_batch(chosen)
+    hidden = (torch.arange(batch["labels"].shape[1]) % 3 == 0) & (batch["labels"] != -100)
+    batch["labels"][~hidden] = -100
+    batch["input_ids"][hidden] = 1
+    return batch
+
+
 def calm_bert(dtype=torch.float64):
     """The tiny BERT with weights a quarter as wide: its derivatives do not magnify the rounding of bfloat16."""
     model = tiny.bert(dtype)
@@ -87,17 +112,44 @@ def points(sizes=(3, 6, 2), inputs=5, classes=4, dtype=torch.float64):
     ]
 
 
-class Normed(nn.Module):
-    """A classifier with a layer that behaves differently in training (BatchNorm, dropout)."""
+class Classifier(nn.Module):
+    """Cross entropy of the logits that ``inner`` makes of inputs x."""
 
-    def __init__(self, layer):
+    def __init__(self, inner):
         super().__init__()
-        torch.manual_seed(0)
-        self.inner, self.layer, self.outer = nn.Linear(5, 6), layer, nn.Linear(6, 4)
+        self.inner = inner
 
     def forward(self, x, labels=None):
-        logits = self.outer(torch.tanh(self.layer(self.inner(x))))
+        logits = self.inner(x)
         return SimpleNamespace(logits=logits, loss=None if labels is None else F.cross_entropy(logits, labels))
+
+
+class Noise(nn.Module):
+    """Adds noise to more than ``least`` examples at once, in evaluation mode too."""
+
+    def __init__(self, least=0):
+        super().__init__()
+        self.least = least
+
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x) if len(x) > self.least else x
+
+
+class Attending(nn.Module):
+    """Torch's attention of each example to all, whose dropout is no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, dropout=0.3)
+
+    def forward(self, x):
+        return self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0]
+
+
+def normed(layer):
+    """A classifier with a layer that behaves differently in training (BatchNorm, dropout), or draws random numbers."""
+    torch.manual_seed(0)
+    return Classifier(nn.Sequential(nn.Linear(5, 6), layer, nn.Tanh(), nn.Linear(6, 4)))
 
 
 class EachExample(nn.Module):

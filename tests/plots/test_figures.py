@@ -20,12 +20,13 @@ from analysis.plots import (
     outside_share_bars,
     overlap_heatmap,
     perturbation_curves,
+    worst_case_curves,
 )
 from analysis.plots.canvas import NON_FINITE
 from analysis.plots.eigenvalues import UNCONVERGED, eigenvalue_table
 from analysis.plots.perturbation import perturbation_table
 from analysis.plots.save import describe
-from analysis.plots.spread import DIRECTIONS
+from analysis.plots.spread import DIRECTIONS, EXAMPLES, SEEDS
 from analysis.plots.style import styles_for
 from bilora.errors import UserError
 from tests.plausible_rows import METHODS, plausible_rows
@@ -73,6 +74,16 @@ def test_the_gauge_is_that_of_each_space(frame):
         "full": "none", "lora": "as trained", "lora_balanced": "balanced by the SVD of B·A"
     }  # fmt: skip
     assert describe(frame.query("measure == 'quality'"))["gauge"] == {}
+
+
+def test_a_figure_names_the_seeds_of_its_directions(frame, tmp_path):
+    rows = frame.query("measure in ['random', 'spectrum']").assign(direction_seed=-1)
+    rows.loc[(rows["measure"] == "random") & (rows["quantity"] == "loss_rise"), "direction_seed"] = rows["seed"] + 7
+    draw_all(rows, tmp_path, {}, only=["random", "eigenvalues"])
+    read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("random", "eigenvalues")}
+    assert read["random"]["direction_seeds"] == [7, 8, 9]
+    assert read["eigenvalues"]["direction_seeds"] == []
+    assert read["random"]["seeds"] == [0, 1, 2]
 
 
 def test_drawing_the_same_rows_again_changes_no_byte(frame, tmp_path):
@@ -158,6 +169,24 @@ def test_a_band_over_directions_leaves_out_what_is_not_finite_and_a_lone_directi
     assert alone["half_width"].isna().all()
     assert set(alone["over"]) == {""}
     assert "One seed: no whiskers" in words(perturbation_curves(rows[rows["index"] < 1]))
+
+
+def test_one_seed_and_one_perturbation_have_whiskers_over_examples(frame):
+    rows = frame.query("measure in ['adversarial', 'worst_case'] and seed == 0 and quantity == 'loss_rise'")
+    rows = rows.assign(standard_error=0.1 * rows["value"])
+    table = perturbation_table(rows, "adversarial")
+    assert set(table["over"]) == {EXAMPLES}
+    np.testing.assert_allclose(table["high"] - table["mean"], 0.1 * stats.norm.ppf(0.975) * table["mean"])
+    for figure in (perturbation_curves(rows, "adversarial"), worst_case_curves(rows)):
+        assert "over examples, at one perturbation of one training seed" in words(figure)
+    several = frame.query("measure == 'adversarial'").assign(standard_error=1.0)
+    assert set(perturbation_table(several, "adversarial")["over"]) == {SEEDS}, "seeds come first"
+
+
+def test_rows_of_older_tables_are_drawn(frame):
+    old = frame.query("measure == 'random'").drop(columns=["label", "y", "standard_error"])
+    new = perturbation_table(frame)
+    pd.testing.assert_frame_equal(perturbation_table(old)[["mean", "low", "over"]], new[["mean", "low", "over"]])
 
 
 def test_bands_over_seeds_and_over_directions_are_both_explained(frame):

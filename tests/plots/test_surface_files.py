@@ -88,9 +88,10 @@ def test_scenes_of_one_choice_share_their_axes():
     wide[["radius", "y"]] *= 2
     figure = interactive_surface(pd.concat([holed(set()), wide])).to_dict()
     for button in figure["layout"]["updatemenus"][0]["buttons"]:
-        for scene in ("scene", "scene2"):
-            assert list(button["args"][1][scene]["xaxis"]["range"]) == [-2, 2]
-            assert list(button["args"][1][scene]["yaxis"]["range"]) == [-2, 2]
+        for axis in ("xaxis", "yaxis"):
+            ranges = [button["args"][1][scene][axis]["range"] for scene in ("scene", "scene2")]
+            assert ranges[0] == ranges[1]
+            assert -2.3 < ranges[0][0] < -2 < 2 < ranges[0][1] < 2.3
     assert "beyond the edge of a method's window" in figure["layout"]["annotations"][-1]["text"].replace(
         "<br>", " "
     ).replace("&#x27;", "'")

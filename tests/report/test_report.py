@@ -1,10 +1,7 @@
 """The report: one file, well-formed, nothing loaded, nothing claimed beyond the intervals."""
 
 import base64
-import html
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from analysis.report.headlines import answer, headline_rows
 from analysis.report.numbers import enumerated, number, p_value, spread
 from analysis.statistics import paired_differences
 from bilora.errors import UserError
+from tests.browser import Framed, needs_browser
 from tests.plausible_rows import COLUMNS, plausible_rows
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -230,24 +228,10 @@ def test_single_numbers_and_lists_read_well():
     assert [enumerated(list(words)) for words in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_never_scrolls_sideways(written, tmp_path, width):
-    frame = f'<iframe id="f" style="width:{width}px;height:800px;border:0" srcdoc="{html.escape(written[0])}"></iframe>'
-    script = (
-        "f.onload=()=>{const e=f.contentDocument.documentElement;r.textContent=`${e.scrollWidth} of ${e.clientWidth}`}"
-    )
-    holder = tmp_path / "holder.html"
-    holder.write_text(f'<body>{frame}<p id="r"></p><script>{script}</script>', encoding="utf-8")
-    flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
-    ]  # fmt: skip
-    done = subprocess.run(
-        ["chromium", *flags, holder.as_uri()], capture_output=True, text=True, timeout=60, check=False
-    )
-    found = re.search(r'id="r">(\d+) of (\d+)<', done.stdout)
-    if found is None:
-        pytest.skip("chromium does not run here")
-    assert int(found[1]) <= int(found[2]) <= width
+    root = "page.documentElement"
+    wide, room, errors = Framed(written[0], tmp_path, width, 800).ask(f"{root}.scrollWidth", f"{root}.clientWidth")
+    assert wide <= room <= width
+    assert errors == []

@@ -145,6 +145,16 @@ def test_with_one_seed_the_interval_is_over_its_directions_if_asked_for():
     assert paired_differences(frame, "LoRA").iloc[0]["verdict"] == "undecided"
 
 
+def test_the_order_of_quantities_is_that_of_the_rows():
+    values = {"LoRA": [1.0, 1.4, 1.1], "Bi-LoRA": [0.8, 1.3, 0.7]}
+    frame = pd.concat(
+        [directions(values), rows({"LoRA": [1.0], "Bi-LoRA": [2.0]}), directions(values).assign(radius=9)]
+    )
+    inside, across = (paired_differences(frame, "LoRA", within_seed=within) for within in (True, False))
+    pd.testing.assert_frame_equal(inside[["method", *KEYS, "difference"]], across[["method", *KEYS, "difference"]])
+    assert inside["over"].tolist() == ["directions", "seeds", "directions"]
+
+
 def test_with_several_seeds_directions_are_nested_in_them():
     values = [({"LoRA": [1.0, 1.2], "Bi-LoRA": [0.5, 0.9]}, 0), ({"LoRA": [2.0, 2.4], "Bi-LoRA": [1.8, 1.7]}, 1)]
     frame = pd.concat([directions(*part) for part in values])

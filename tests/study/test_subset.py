@@ -13,6 +13,7 @@ from analysis.landscape.adapter_plane import adapter_plane
 from analysis.landscape.connect import connectivity
 from analysis.landscape.lines import LandscapeSettings
 from analysis.landscape.surface import loss_surface
+from analysis.sharpness.ascent_gap import AscentGap
 from analysis.study.subset import _unseen, barrier_error, subset_rows
 from tests.oracles import tiny
 
@@ -103,3 +104,9 @@ def test_nothing_is_added_where_all_examples_were_used(objective):
     (space,) = spaces(1)
     lines = loss_lines(objective, space, points=3, directions=1)
     assert subset_rows(lines.rows(), USED, USED, objective, space, lines, None) == []
+
+
+def test_nothing_is_added_to_a_measure_that_does_not_apply(objective):
+    (space,) = spaces(1)
+    none = AscentGap("validation", ())
+    assert subset_rows(none.rows(), USED, AVAILABLE, objective, space, none, None) == []
