@@ -202,7 +202,7 @@ class _Choice:
             row, column = divmod(position, columns)
             x = (wide * column / columns, wide * (column + 1) / columns - 0.01)
             y = (1 - (row + 1) / rows, 1 - row / rows - 0.07 / rows)
-            name = "excess loss" if abreast > 1 else ""  # the colour bar says it as well
+            name = "excess loss" if columns < abreast == max(_ABREAST) else ""  # where there is room
             height = {**self.axis, "title": {"text": name}, "range": _with_margin(self.ends)}
             found[_scene(position)] = {
                 "domain": {"x": x, "y": y}, "camera": camera, "aspectmode": "manual",
