@@ -43,8 +43,8 @@ def test_two_processes_find_what_one_finds(found):
         if key.startswith("passes"):
             continue
         assert first[key] == second[key], key
-        # Differences divide the rounding of sums in another order by a small step.
-        bound = 1e-6 if "differences" in key else 1e-10
+        # Differences divide the rounding of sums in another order by a small step; autocast's weights are float32.
+        bound = 1e-6 if "differences" in key or "autocast" in key else 1e-10
         error = np.linalg.norm(np.subtract(first[key], expected)) / np.linalg.norm(expected)
         assert error <= bound, key
 

@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 
 from analysis.core import Objective, WeightSpace
-from analysis.curvature import curvature_operator, top_eigenvalues
+from analysis.curvature import (
+    curvature_operator,
+    diagonal,
+    layer_curvature,
+    spectral_density,
+    top_eigenvalues,
+    trace,
+)
 from bilora.errors import UserError
 from tests.oracles import modules, tiny
 
@@ -19,6 +26,7 @@ OPERATORS = {
     "rebuilt": {"graphs": "rebuild"},
     "ggn": {"curvature": "ggn"},
     "differences": {"differences": "central"},
+    "one-sided differences": {"differences": "one-sided"},
 }
 
 
@@ -41,6 +49,48 @@ def found():
             with curvature_operator(objective, space, **settings) as operator:
                 results[f"product, {kind}, {shape}"] = operator.matmat(ones)[0].tolist()
             results[f"passes, {kind}, {shape}"] = len(passes)
+    return results | found_by_each_measure(space) | found_of_other_models()
+
+
+def found_by_each_measure(space):
+    """What every measure finds on three uneven batches."""
+    objective = Objective([tiny.padded(part) for part in tiny.split(tiny.examples(), SIZES["three batches"])])
+    results = {}
+    for backend in ("xtrace", "hutchinson"):
+        found = trace(objective, space, max_products=12, backend=backend)
+        results[f"trace, {backend}"] = [found.value, found.standard_error]
+    entries = diagonal(objective, space, samples=4)
+    results["diagonal"] = space.flat(entries.values).tolist() + space.flat(entries.standard_error).tolist()
+    density = spectral_density(objective, space, runs=2, steps=4)
+    results["density"] = density.nodes.ravel().tolist() + density.weights.ravel().tolist()
+    layers = layer_curvature(objective, space, by="kind", max_products=12)
+    results["layers"] = [row["value"] for row in layers.rows()]
+    restarted = {"tolerance": 1e-8, "max_products": 400, "block": 2, "max_basis": 16}
+    spectrum = top_eigenvalues(objective, space, 2, vectors=True, **restarted)
+    assert spectrum.converged.all()
+    assert spectrum.products > 16
+    results["eigenvalues, restarted blocks"] = spectrum.values.tolist()
+    again = top_eigenvalues(objective, space, 2, start=spectrum.vectors, tolerance=1e-6)
+    results["eigenvalues, given vectors"] = [*again.values.tolist(), again.products]
+    return results
+
+
+def found_of_other_models():
+    """Products in full space, of a language model whose batches differ in tokens, and under autocast."""
+    batches = [tiny.padded(part) for part in tiny.split(tiny.examples(), SIZES["three batches"])]
+    sentences = [tiny.language_batch(part) for part in tiny.split(modules.uneven_examples(), modules.UNEVEN)]
+    cases = {
+        "full": (batches, WeightSpace.full(tiny.with_lora(tiny.bert())), {}),
+        "language model": (sentences, WeightSpace.all(modules.small_llama()), {}),
+        "language model, ggn": (sentences, WeightSpace.all(modules.small_llama()), {"curvature": "ggn"}),
+        "autocast": (batches, WeightSpace.full(modules.calm_bert(torch.float32)), {"autocast": torch.bfloat16}),
+    }
+    results = {}
+    for name, (batches_of, space, settings) in cases.items():
+        with curvature_operator(Objective(batches_of), space, **settings) as operator:
+            ones = torch.ones(1, space.size, dtype=operator.dtype)
+            results[f"product, {name}"] = operator.matmat(ones)[0].tolist()
+            results[f"gradient, {name}"] = operator.gradient().tolist()
     return results
 
 
