@@ -28,6 +28,8 @@ FEWEST = 8
 SHARE = 0.05
 """Of the points, checked where these are more."""
 CONFIDENCE = 0.95
+MOST = 2000
+"""Points that are interpolated to find those that stand out: it takes their cube of time."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,13 @@ def checked_points(
 
 
 def roughness(places: Values, losses: Values) -> Values:
-    """(N,) by how much each loss differs from what the others predict there; zero where one is not finite."""
-    return Interpolant(places, losses).left_out if np.isfinite(losses).all() else np.zeros(len(losses))
+    """(N,) by how much each loss differs from what the others predict there.
+
+    Zero where a loss is not finite, or there are more than :data:`MOST`: then no point stands out.
+    """
+    if len(losses) > MOST or not np.isfinite(losses).all():
+        return np.zeros(len(losses))
+    return Interpolant(places, losses).left_out
 
 
 def to_check(places: Values, rough: Values) -> list[int]:
@@ -76,11 +83,14 @@ def to_check(places: Values, rough: Values) -> list[int]:
         places, rough: as :func:`checked_points`.
     """
     count = min(len(places), max(FEWEST, round(SHARE * len(places))))
-    chosen = [int(i) for i in np.argsort(-rough, kind="stable")[: max(count // 2, 1)]]
+    rough_ones = count // 2 if rough.any() else 1
+    chosen = [int(i) for i in np.argsort(-rough, kind="stable")[:rough_ones]]
+    gap = np.linalg.norm(places[:, None] - places[None, chosen], axis=2).min(axis=1)
+    gap[chosen] = -1
     while len(chosen) < count:
-        distances = np.linalg.norm(places[:, None] - places[None, chosen], axis=2).min(axis=1)
-        distances[chosen] = -1
-        chosen.append(int(np.argmax(distances)))
+        chosen.append(int(np.argmax(gap)))
+        gap = np.minimum(gap, np.linalg.norm(places - places[chosen[-1]], axis=1))
+        gap[chosen[-1]] = -1
     return chosen
 
 
