@@ -1,3 +1,5 @@
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from analysis import MEASURES
 from analysis.core import COLUMNS, Objective, WeightSpace
 from analysis.core.measure import Interrupted
-from analysis.curvature import top_eigenvalues
+from analysis.curvature import diagonal, spectral_density, top_eigenvalues
 from analysis.curvature.blocks import blocks_of
 from analysis.curvature.layers import layer_curvature
 from analysis.curvature.trace import trace
@@ -17,17 +19,34 @@ EXAMPLES = tiny.examples()
 BATCHES = [tiny.padded(part) for part in tiny.split(EXAMPLES)]
 
 
+@cache
+def dense(name):
+    """(space, dense Hessian, parameter → its rows there)."""
+    model = tiny.with_lora(tiny.bert())
+    H = tiny.ClassifierOracle(tiny.bert(), tiny.factors_of(model), EXAMPLES, name).hessian()
+    space = {"full": WeightSpace.full, "lora": WeightSpace.lora}[name](model)
+    rows, start = {}, 0
+    for parameter, values in space.parameters.items():
+        rows[parameter] = torch.arange(start, start + values.numel())
+        start += values.numel()
+    return space, H, rows
+
+
+def diagonal_block(name, parameters):
+    """Of the dense Hessian."""
+    _, H, rows = dense(name)
+    chosen = torch.cat([rows[parameter] for parameter in parameters])
+    return H[chosen][:, chosen]
+
+
 @pytest.fixture(scope="module", params=["full", "lora"])
 def case(request):
     """(space, layer → its block of the dense Hessian)."""
-    model = tiny.with_lora(tiny.bert())
-    H = tiny.ClassifierOracle(tiny.bert(), tiny.factors_of(model), EXAMPLES, request.param).hessian()
-    space = {"full": WeightSpace.full, "lora": WeightSpace.lora}[request.param](model)
-    rows, start = {}, 0
-    for name, parameter in space.parameters.items():
-        rows.setdefault(name.rpartition(".")[0], []).append(torch.arange(start, start + parameter.numel()))
-        start += parameter.numel()
-    return space, {name: H[torch.cat(parts)][:, torch.cat(parts)] for name, parts in rows.items()}
+    space, _, rows = dense(request.param)
+    layers = {}
+    for parameter in rows:
+        layers.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    return space, {layer: diagonal_block(request.param, parameters) for layer, parameters in layers.items()}
 
 
 def test_each_layer_has_the_top_eigenvalue_and_trace_of_its_block(case):
@@ -40,6 +59,62 @@ def test_each_layer_has_the_top_eigenvalue_and_trace_of_its_block(case):
         assert spectrum.values[0] == pytest.approx(values[np.abs(values).argmax()], rel=1e-6)
         error = abs(estimate.value - float(blocks[name].trace()))
         assert error <= 6 * estimate.standard_error + 1e-8 * np.abs(values).sum()
+
+
+PREFIX = "bert.encoder.layer."
+PARTS = {
+    "kind": {
+        "attention": lambda p: ".attention." in p,
+        "mlp": lambda p: p.startswith(PREFIX) and ".attention." not in p,
+        "other": lambda p: not p.startswith(PREFIX),
+    },
+    "number": {
+        "0": lambda p: p.startswith(f"{PREFIX}0."),
+        "1": lambda p: p.startswith(f"{PREFIX}1."),
+        "none": lambda p: not p.startswith(PREFIX),
+    },
+    r"layer\.(\d)\.attention\.self\.(query|value)": {
+        "0.query": lambda p: p.startswith(f"{PREFIX}0.attention.self.query."),
+        "0.value": lambda p: p.startswith(f"{PREFIX}0.attention.self.value."),
+        "1.query": lambda p: p.startswith(f"{PREFIX}1.attention.self.query."),
+        "1.value": lambda p: p.startswith(f"{PREFIX}1.attention.self.value."),
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+@pytest.mark.parametrize("by", PARTS)
+def test_blocks_of_any_kind_have_the_curvature_of_their_part_of_the_hessian(name, by):
+    space, _, rows = dense(name)
+    found = layer_curvature(Objective(BATCHES), space, by=by, tolerance=1e-5, trace_tolerance=0.3)
+    assert list(found.blocks) == list(PARTS[by])
+    for part, belongs in PARTS[by].items():
+        block = diagonal_block(name, [parameter for parameter in rows if belongs(parameter)])
+        values = np.linalg.eigvalsh(block.numpy())
+        spectrum, estimate = found.blocks[part]
+        assert spectrum.converged.all()
+        assert spectrum.values[0] == pytest.approx(values[np.abs(values).argmax()], rel=1e-6)
+        error = abs(estimate.value - float(block.trace()))
+        assert error <= 5 * estimate.standard_error + 1e-8 * np.abs(values).sum()
+    # Exact traces of small parts: more probes than entries of the space leave no error.
+    space_of, part = blocks_of(space, by), list(PARTS[by])[-1]
+    block = diagonal_block(name, space_of[part].parameters)
+    exact = trace(Objective(BATCHES), space_of[part], tolerance=1e-6, max_products=2 * len(block))
+    assert exact.value == pytest.approx(float(block.trace()), rel=1e-8)
+
+
+@pytest.mark.parametrize("measure", ["spectrum", "trace", "density"])
+def test_rows_of_a_block_name_it(measure):
+    space, _, _ = dense("lora")
+    part = blocks_of(space, "kind")["mlp"]
+    ask = {
+        "spectrum": lambda: top_eigenvalues(Objective(BATCHES), part, 1, max_products=3),
+        "trace": lambda: trace(Objective(BATCHES), part, max_products=4),
+        "density": lambda: spectral_density(Objective(BATCHES), part, runs=1, steps=2),
+    }
+    assert {(row["space"], row["layer"]) for row in ask[measure]().rows()} == {("lora", "mlp")}
+    entries = diagonal(Objective(BATCHES), part, samples=2)
+    assert (entries.space, entries.part) == ("lora", "mlp")
 
 
 def test_rows_of_the_registered_measure(case):
