@@ -15,6 +15,14 @@ from bilora.adapters.swap import perturbed, swapped
 from tests.sharpness.cases import Quadratic, assert_same_bits, quadratic_objective, state
 
 
+@pytest.fixture(autouse=True)
+def own_handler():
+    """Python's handler, also where SIGINT is inherited as ignored, as by a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted_at(step, block):
     """Send SIGINT before instruction number ``step`` of whatever ``block`` calls; how many there were, and if it rose.
 

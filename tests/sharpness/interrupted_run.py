@@ -74,4 +74,5 @@ def main(seconds):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it as ignored
     main(float(sys.argv[1]))
