@@ -83,5 +83,6 @@ class DifferenceOperator(CurvatureOperator):
             for index in self._mine:
                 self._add(totals, self._batch_gradient(index), self._share(index))
         if not bool(totals.isfinite().all()):  # checked by every process, or one would wait for another that has left
-            raise UserError("the gradient a finite step away is not finite: use exact products")
+            failed = ", or another process failed and says why" if self._world > 1 else ""
+            raise UserError(f"the gradient a finite step away is not finite: use exact products{failed}")
         return totals

@@ -120,7 +120,7 @@ class CurvatureOperator(ABC):
         self.products += len(rows)
         result = totals.to(self.dtype)
         if not bool(result.isfinite().all()):
-            raise UserError(f"a curvature product is not finite: the weights are too large for {self.dtype}")
+            raise UserError(f"a curvature product is not finite: {self._reason()}")
         return result
 
     def gradient(self) -> Tensor:
@@ -138,7 +138,7 @@ class CurvatureOperator(ABC):
             for index in self._mine:
                 self._add(totals[0], self._batch_gradient(index), self._share(index))
         if not bool(totals.isfinite().all()):
-            raise UserError(f"the gradient is not finite: the weights are too large for {self.dtype}")
+            raise UserError(f"the gradient is not finite: {self._reason()}")
         return totals[0].to(self.dtype)
 
     def as_linear_operator(self) -> LinearOperator:
@@ -201,6 +201,10 @@ class CurvatureOperator(ABC):
             raise
         if self._world > 1:
             dist.all_reduce(totals)
+
+    def _reason(self) -> str:
+        too_large = f"the weights are too large for {self.dtype}"
+        return too_large if self._world == 1 else f"{too_large}, or another process failed and says why"
 
     def _check_point(self) -> None:
         if _state(self.space.model) != self._at:

@@ -39,9 +39,9 @@ _TICKS = 7  # labelled powers of ten at most
 
 def curvature_name(kind: str) -> str:
     """What the eigenvalues are of, for axis labels: ``kind`` of the rows names the operator."""
-    if "ggn" in kind:
-        return "Gauss–Newton"
-    return "Hessian by differences" if "differences" in kind else "Hessian"
+    name = "Gauss–Newton" if "ggn" in kind else "Hessian by differences" if "differences" in kind else "Hessian"
+    precision = next((word for word in ("bfloat16", "float16") if word in kind.split()), "")
+    return f"{name} under {precision}" if precision else name
 
 
 def decade_ticks(low: float, high: float, threshold: float, most: int = _TICKS) -> list[float]:

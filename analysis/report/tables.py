@@ -170,7 +170,7 @@ def moment_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:
 
 
 _MOMENTS = {
-    ("trace", "trace"): "trace (XTrace)",
+    ("trace", "trace"): "trace",
     ("density", "trace"): "trace (quadrature)",
     ("density", "frobenius_norm"): "Frobenius norm",
     ("density", "negative_share"): "negative share of Σ|λ|",

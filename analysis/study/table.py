@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from rich.table import Table
 
@@ -14,6 +15,8 @@ KEY_QUANTITIES: dict[str, tuple[str, ...]] = {
     "random": ("loss_rise",),
     "adversarial": ("loss_rise",),
     "spectrum": ("eigenvalue",),
+    "trace": ("trace",),
+    "density": ("effective_dimension", "negative_share"),
     "subspace": ("outside_share", "overlap"),
 }
 """What stands in the table: of every measure the quantities a reader asks for first."""
@@ -82,6 +85,7 @@ def rows_table(frame: pd.DataFrame) -> Table:
     pairs = list(zip(frame["measure"], frame["quantity"], strict=True))
     single = pd.Series([pair in CURVES or pair in DIRECTIONS for pair in pairs], index=frame.index, dtype=bool)
     rows = frame[(frame["layer"] == "") & ~(single & (frame["index"] >= 0))]
+    rows = pd.concat([rows, _largest_layers(frame)])
     several = ["method", "seed"] if "method" in frame else []
     table = Table()
     for name in (*several, "quantity", "radius", "index", "value", "standard error", "‖ε_W‖", "chance"):
@@ -91,8 +95,17 @@ def rows_table(frame: pd.DataFrame) -> Table:
         numbers = (row["value"], row["standard_error"], row["induced_norm"], row["chance"])
         index = str(row["index"]) if row["index"] >= 0 else ""
         whose = [str(row[name]) for name in several]
-        table.add_row(*whose, _title((*key, None, None)), _number(row["radius"]), index, *(_number(x) for x in numbers))
+        title = _title((*key, None, None)) + (f", largest: {row['layer']}" if row["layer"] else "")
+        table.add_row(*whose, title, _number(row["radius"]), index, *(_number(x) for x in numbers))
     return table
+
+
+def _largest_layers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of the measure ``layers`` the layer with the largest eigenvalue and trace in magnitude, by subject and space."""
+    rows = frame[(frame["measure"] == "layers") & frame["quantity"].isin(["eigenvalue", "trace"])]
+    rows = rows[np.isfinite(rows["value"])]
+    keys = [name for name in ("method", "seed", "space", "quantity", "kind", "split") if name in rows]
+    return rows.loc[rows["value"].abs().groupby([rows[key] for key in keys], sort=False).idxmax()]
 
 
 def differences_table(differences: pd.DataFrame) -> Table:

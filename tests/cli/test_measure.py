@@ -1,7 +1,13 @@
 """``bilora measure`` on adapters this project did not train, on plain models, and with bad input."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +20,7 @@ from bilora.cli.app import main
 from bilora.cli.measuring_bar import MeasuringBar
 from bilora.tasks import load_model, load_tokenizer
 
+ROOT = Path(__file__).parents[2]
 COMMON = ["--validation-examples", "16", "--train-examples", "16", "--examples", "8", "--max-length", "24"]
 
 
@@ -176,6 +183,57 @@ def test_an_interrupted_measure_keeps_what_it_found_and_goes_on(
     assert set(counted) == {"spectrum, full space"}, "what was finished is not computed again"
     assert set(pd.read_parquet("rows.parquet")["measure"]) == {"quality", "trace", "spectrum"}
     assert sorted(path.name for path in here.iterdir()) == ["rows.json", "rows.parquet"]
+
+
+def test_density_and_layers_of_an_adapter(folders: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(folders / "other"), "--model", str(folders / "model"), *COMMON, "--what", "density,layers"]
+    arguments += ["--set", "density.runs=2", "--set", "density.steps=4", "--set", "layers.max_products=12"]
+    assert main(["measure", *arguments, "--output", "rows.parquet", "--figures", "figures"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for quantity in ("density trace", "density negative share", "layers eigenvalue", "layers trace"):
+        assert quantity in printed, quantity
+    rows = pd.read_parquet("rows.parquet")
+    assert set(rows["measure"]) == {"density", "layers"}
+    for measure in ("density", "layers"):
+        assert set(rows.loc[rows["measure"] == measure, "space"]) == {"full", "lora"}
+    layers = rows[(rows["measure"] == "layers") & (rows["quantity"] == "eigenvalue") & (rows["space"] == "full")]
+    assert len(layers) == 2  # query and value of the one layer
+    assert layers["value"].notna().all()
+    drawn = {path.stem for path in (here / "figures").glob("*.png")}
+    assert drawn == {"density", "layer_eigenvalues", "layer_traces"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_spectrum_with_what_it_found(folders: Path, here: Path) -> None:
+    arguments = [str(folders / "adapter"), "--model", "minilm", *COMMON, "--what", "quality,spectrum"]
+    arguments += ["--space", "full", "--set", "spectrum.k=99", "--set", "tolerance=1e-6", "--set", "max_products=900"]
+    arguments += ["--output", "rows.parquet"]
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore SIGINT
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bilora", "measure", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeding,
+    )
+    deadline = time.monotonic() + 120
+    while not any(here.iterdir()) and process.poll() is None:  # quality is kept before the spectrum begins
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(5)  # some of the hundreds of products that 99 pairs need
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "same command again" in said
+    assert "Traceback" not in said
+    assert not Path("rows.parquet").exists()
+    stopped = pd.read_parquet("rows.stopped.parquet")
+    values = stopped[stopped["quantity"] == "eigenvalue"]
+    assert 2 <= len(values) <= 99
+    assert values["residual"].notna().all()
+    assert not stopped.loc[stopped["quantity"] == "converged", "value"].all()
+    assert float(stopped.loc[stopped["quantity"] == "products", "value"].iloc[0]) > 2
 
 
 def test_what_was_found_is_not_written_over_a_file_of_the_users(

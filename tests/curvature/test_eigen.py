@@ -75,6 +75,37 @@ def test_pyhessian_agrees_on_the_same_objective(case):
     assert all(p.grad is None for p in space.model.parameters())
 
 
+def test_pyhessian_reports_every_product(case):
+    space, _, _ = case
+    told = []
+    found = top_eigenvalues(
+        Objective(BATCHES), space, 2, max_products=6, backend="pyhessian", watch=lambda *seen: told.append(seen)
+    )
+    done = [products for products, _, _ in told]
+    assert done == [*range(1, len(done) + 1)]
+    assert done[-1] == found.products - 2  # two more for the residuals
+    assert {most for _, most, _ in told} == {12}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"autocast": torch.bfloat16},
+        {"which": "largest"},
+        {"curvature": "ggn"},
+        {"differences": "central"},
+    ],
+)
+def test_what_pyhessian_cannot_do_is_one_line(case, settings):
+    space, _, _ = case
+    with pytest.raises(UserError, match="use backend='lanczos'") as refusal:
+        top_eigenvalues(Objective(BATCHES), space, 1, backend="pyhessian", **settings)
+    assert "\n" not in str(refusal.value)
+    written = {**settings, "autocast": "bfloat16"} if "autocast" in settings else settings
+    with pytest.raises(ValidationError, match="use backend='lanczos'"):
+        MEASURES["spectrum"].settings(backend="pyhessian", k=1, **written)
+
+
 def test_pyhessian_that_stops_too_early_is_not_called_converged(case):
     space, _, _ = case
     found = top_eigenvalues(Objective(BATCHES), space, 2, tolerance=1e-3, max_products=4, backend="pyhessian")
@@ -158,6 +189,35 @@ def test_rows_of_the_registered_measure(case):
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValidationError):
         MEASURES["spectrum"].settings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("measure", "name", "bad"),
+    [
+        ("spectrum", "which", "top"),
+        ("spectrum", "block", 0),
+        ("spectrum", "backend", "jax"),
+        ("spectrum", "curvature", "fisher"),
+        ("spectrum", "graphs", "keep"),
+        ("trace", "tolerance", 0),
+        ("trace", "max_products", 0),
+        ("trace", "backend", "scipy"),
+        ("density", "runs", 0),
+        ("density", "steps", 1),
+        ("density", "scale", "log"),
+        ("density", "points", 1),
+        ("density", "bounds", (1.0, -1.0)),
+        ("density", "alphas", (0.0,)),
+        ("layers", "tolerance", 1),
+        ("layers", "trace_tolerance", 0),
+        ("layers", "max_products", 11),
+    ],
+)
+def test_every_setting_of_every_measure_has_its_bounds(measure, name, bad):
+    settings = MEASURES[measure].settings
+    settings(**{name: settings.model_fields[name].default})
+    with pytest.raises(ValidationError, match=name):
+        settings(**{name: bad})
 
 
 def test_a_loss_that_is_not_finite_is_a_clear_error(case):

@@ -66,4 +66,5 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_both(tmp_path):
         assert said.keys() == {*OPERATORS, "eigenvalues"}
         for kind, line in said.items():
             assert "finite" in line, (kind, line)
+            assert "loss on the" in line or "another process failed and says why" in line, (kind, line)
             assert "\n" not in line, (kind, line)

@@ -198,6 +198,8 @@ def test_eigenvalues_over_decades_stand_on_a_symmetric_log_axis():
 def test_both_ends_of_a_spectrum_and_gauss_newton_are_named():
     figure = eigenvalue_ladder(pd.DataFrame(eigenvalue_rows([9.0, -4.0], kind="both")))
     assert "both ends" in figure.axes[0].get_xlabel()
+    under = [curvature_name(kind) for kind in ("bfloat16 autocast", "ggn float16 autocast", "bfloat16 autocast both")]
+    assert under == ["Hessian under bfloat16", "Gauss–Newton under float16", "Hessian under bfloat16"]
     assert [curvature_name(kind) for kind in ("", "both", "ggn", "central differences")] == [
         "Hessian", "Hessian", "Gauss–Newton", "Hessian by differences"
     ]  # fmt: skip

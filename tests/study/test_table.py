@@ -81,6 +81,30 @@ def test_digits_follow_the_interval(mean: float, half_width: float, text: str) -
     assert _interval(mean, half_width) == text
 
 
+def test_curvature_beside_its_eigenvalues() -> None:
+    """Trace and density are shown in a study's table; of an adapter's layers the largest stands in its own."""
+    rows = [
+        row("trace", "trace", 42.0, space="full", standard_error=1.5),
+        row("density", "effective_dimension", 7.0, space="full", radius=0.1),
+        row("density", "negative_share", 0.25, space="full"),
+        row("layers", "eigenvalue", 3.0, space="full", layer="first", index=1),
+        row("layers", "eigenvalue", -5.0, space="full", layer="second", index=1),
+        row("layers", "trace", 9.0, space="full", layer="first"),
+        row("layers", "trace", np.nan, space="full", layer="second"),
+    ]
+    text = shown(rows_table(pd.DataFrame(rows)))
+    assert "layers eigenvalue, full space, largest: second" in text
+    assert "layers trace, full space, largest: first" in text
+    assert "3" not in next(line for line in text.splitlines() if "largest: second" in line)
+    (line,) = [line for line in text.splitlines() if "trace trace" in line]
+    assert "42" in line
+    assert "1.5" in line
+    study = pd.DataFrame([{"study": "toy", "method": m, "seed": 0, **one, "cell": ""} for m in "AB" for one in rows])
+    text = shown(result_table(study, "A"))
+    for quantity in ("trace trace", "density effective dimension", "density negative share"):
+        assert quantity in text
+
+
 def test_rows_of_one_adapter_without_single_directions() -> None:
     frame = study_rows()
     text = shown(rows_table(frame[(frame["method"] == "A") & (frame["seed"] == 0)]))
