@@ -76,6 +76,7 @@ def _sharpness(rng, space, scale, directions):
         norm = {"induced_norm": radius * stretch}
         yield {**common, **norm, "quantity": "loss", "value": 0.2 + rise}
         yield {**common, **norm, "quantity": "accuracy", "value": max(0.5, 0.93 - 0.3 * rise)}
+        yield {**common, **norm, "quantity": "matthews", "value": max(0.0, 0.86 - 0.6 * rise)}
         if radius:
             yield {**common, **norm, "quantity": "loss_rise", "value": rise}
             yield {**common, "quantity": "first_order", "value": scale * radius}

@@ -85,6 +85,29 @@ def rise_error(before: ExampleLosses, after: ExampleLosses) -> float:
         return ratio_error(after.sums - before.sums, before.terms)
 
 
+class MeanLosses:
+    """Losses of single examples, averaged over evaluations: those of random directions, for example."""
+
+    def __init__(self) -> None:
+        self._total: Array | float = 0.0
+        self._count = 0
+        self._known = True
+
+    def add(self, examples: ExampleLosses) -> None:
+        """Take the losses of one evaluation."""
+        self._known = self._known and examples.known
+        if self._known:
+            self._total = self._total + examples.sums
+            self._count += 1
+
+    def rise_error(self, before: ExampleLosses) -> float:
+        """Standard error over examples of the mean rise above ``before``; NaN where it is not known."""
+        if not (self._known and before.known and self._count):
+            return math.nan
+        with np.errstate(invalid="ignore"):
+            return ratio_error(self._total / self._count - before.sums, before.terms)
+
+
 def ratio_error(numerators: Array, denominators: Array) -> float:
     """Standard error of ``Σ numerators / Σ denominators`` over the examples they are of, the module's equation.
 

@@ -59,7 +59,7 @@ class Plane:
         """
         u, v = self.axes
         if self.origin is None:
-            return {name: torch.add(along * x, v[name], alpha=y) for name, along in u.items()}
+            return {name: torch.mul(along, x).add_(v[name], alpha=y) for name, along in u.items()}
         return {name: torch.add(self.origin[name], along, alpha=x).add_(v[name], alpha=y) for name, along in u.items()}
 
 

@@ -103,6 +103,7 @@ FIGURES: tuple[FigureFamily, ...] = (
     _curves("adversarial", "Loss rise one gradient step away", "adversarial", "loss_rise"),
     _curves("adversarial_induced", "The same over the induced ‖ε_W‖", "adversarial", "loss_rise", x="induced_norm"),
     _curves("adversarial_accuracy", "Accuracy one gradient step away", "adversarial", "accuracy"),
+    _curves("adversarial_matthews", "Matthews correlation one gradient step away", "adversarial", "matthews"),
     FigureFamily(
         "worst_case", "Worst-case loss rise, a lower bound", "worst_case", worst_case_table, worst_case_curves
     ),

@@ -167,6 +167,28 @@ def non_finite_words(count: int) -> str:
     return f" Hollow markers at the top edge: {count} losses there are not finite and are left out of the means."
 
 
+def subset_words(frame: pd.DataFrame, measure: str) -> str:
+    """What a figure must say of a measurement on some of the examples; empty of one on all.
+
+    ``subset_error`` is the standard error of a loss rise beside that on all examples (:mod:`analysis.study.subset`).
+    """
+    rows = frame[frame["measure"] == measure]
+    found = {
+        name: rows.loc[rows["quantity"] == name, "value"].dropna()
+        for name in ("examples", "examples_available", "subset_error")
+    }
+    used, available, errors = found.values()
+    if used.empty or available.empty:
+        return ""
+    counted = f"{used.min():g}" if used.min() == used.max() else f"{used.min():g}–{used.max():g}"
+    words = f" On {counted} of {available.max():g} examples"
+    return (
+        f"{words}: beside all of them the loss rise is off by up to {errors.max():.2g} (standard error)."
+        if len(errors)
+        else f"{words}."
+    )
+
+
 def spread_limits(table: pd.DataFrame, low: str = "low", high: str = "high") -> tuple[float, float]:
     """Axis limits that hold all means, and intervals as far as they do not dwarf the means.
 

@@ -80,6 +80,7 @@ def connectivity_curves(frame: pd.DataFrame, confidence: float = 0.95, quantity:
         words += f", ± half its {100 * confidence:g} % interval." if table["n_seeds"].max() > 1 else "."
         words += " It is negative where the path lies below the chord."
     words += " The paths of the two spaces differ." if len(spaces) > 1 else ""
+    words += canvas.subset_words(frame, "connectivity")
     if lost:
         words += f" Hollow markers at the top edge: {lost} values there are not finite and are left out of the means."
     canvas.caption(figure, words, width)

@@ -71,5 +71,6 @@ def landscape_lines(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool
     words = f"Line: mean over seeds of {each} each. " if table["n_seeds"].max() > 1 else f"Line: mean over {each}. "
     words += spread_words(table, "band", confidence)
     words += " The two α are not the same distance in W." if len(spaces) > 1 else ""
+    words += canvas.subset_words(frame, "landscape")
     canvas.caption(figure, words + canvas.non_finite_words(lost), width)
     return figure

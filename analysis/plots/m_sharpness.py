@@ -92,6 +92,7 @@ def m_sharpness_points(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
     words += spread_words(table, "whiskers", confidence)
     words += " Whiskers that meet the lower edge reach 0 or below." if reaches_zero else ""
     words += " Radii of the two spaces are not comparable." if len(spaces) > 1 else ""
+    words += canvas.subset_words(frame, "m_sharpness")
     canvas.caption(figure, words + canvas.non_finite_words(lost), width)
     return figure
 

@@ -96,6 +96,7 @@ def perturbation_curves(
         else " Points of one radius are set side by side."
     )
     words += " Radii of the two spaces are not comparable." if not shared and len(spaces) > 1 else ""
+    words += canvas.subset_words(frame, measure)
     canvas.caption(figure, words + canvas.non_finite_words(lost), width)
     return figure
 

@@ -19,6 +19,7 @@ from scipy.interpolate import RegularGridInterpolator
 from analysis.plots import canvas
 from analysis.plots.eigenvalues import decade_labels, decade_ticks
 from analysis.plots.style import in_space_order, styles_for
+from analysis.statistics import SUBSET
 from bilora.errors import UserError
 
 Array = NDArray[np.float64]
@@ -104,7 +105,8 @@ class Surface:
     marks: pd.DataFrame  # label, x, y, value (true loss), excess, off_plane; in the order of a path
     labels: tuple[str, str]  # of the axes
     explained: tuple[float, float] | None  # share of the marks' variance along each axis
-    worth: dict[str, float]  # evaluated, interpolation_error, precision_error, cosine; absent where not measured
+    worth: dict[str, float]  # evaluated, interpolation_error, precision_error, cosine, examples, examples_available,
+    # and the largest subset_error; absent where not measured
     centre: float  # loss that the excess is over
     reference: str  # which loss that is, where not the one at the centre
     n_seeds: int  # measured, of which this is one
@@ -272,7 +274,11 @@ def _surface(rows: pd.DataFrame) -> Surface:
         return points.pivot(index="y", columns="x", values=column).reindex(index=y, columns=x).to_numpy(float)
 
     shares, axes = by.get("explained_variance", none), by.get("axis", none).set_index("index")["label"]
-    worth = ("evaluated", "interpolation_error", "precision_error", "cosine")
+    worth = {
+        name: float(by[name]["value"].max())
+        for name in ("evaluated", "interpolation_error", "precision_error", "cosine", *SUBSET)
+        if name in by
+    }
     return Surface(
         method=str(first["method"]), seed=int(first["seed"]), kind=first["kind"], split=first["split"],
         space=first["space"], x=x, y=y, loss=on_grid(losses, "value"), excess=on_grid(losses, "excess"),
@@ -281,7 +287,7 @@ def _surface(rows: pd.DataFrame) -> Surface:
         marks=by.get("mark", none)[["label", "x", "y", "value", "excess", "off_plane"]].reset_index(drop=True),
         labels=(str(axes.get(1, "x")), str(axes.get(2, "y"))),
         explained=(float(shares["value"].iloc[0]), float(shares["value"].iloc[1])) if len(shares) == 2 else None,
-        worth={name: float(by[name]["value"].iloc[0]) for name in worth if name in by},
+        worth=worth,
         centre=float(losses["centre"].iloc[0]), reference=str(losses["reference"].iloc[0]),
         n_seeds=int(first["n_seeds"]),
     )  # fmt: skip

@@ -21,6 +21,7 @@ def surface_caption(groups: Sequence[Sequence[Surface]], *, relief: bool = False
         *_references(every),
         *_seeds(every),
         _evaluated(every),
+        *_subset(every),
         *_windows(groups, "beyond the edge of" if relief else "in the blank beside"),
         *_marks(every, "at the height of" if relief else "filled with"),
         *_not_finite(every, "Gaps" if relief else "Hatched, crosses"),
@@ -58,6 +59,18 @@ def _evaluated(every: Sequence[Surface]) -> str:
     if cosine >= 5e-4:
         words += f" The axes are not quite orthogonal: cosine up to {cosine:.2g}."
     return words
+
+
+def _subset(every: Sequence[Surface]) -> Iterable[str]:
+    used, available = _known(every, "examples"), _known(every, "examples_available")
+    if used and available:
+        words = f"On {_range(used, '{:g}')} of {max(available):g} examples"
+        errors = _known(every, "subset_error")
+        yield (
+            f"{words}: beside all of them a corner is off by up to {max(errors):.2g} (standard error)."
+            if errors
+            else (f"{words}.")
+        )
 
 
 def _windows(groups: Sequence[Sequence[Surface]], beyond: str) -> Iterable[str]:

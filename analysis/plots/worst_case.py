@@ -100,6 +100,7 @@ def worst_case_curves(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
         words += " Lower panels: best rise by the step of the search over the last, at the largest radius; a curve that"
         words += " still climbs at its end has not converged."
     words += " Radii of the two spaces are not comparable." if len(spaces) > 1 else ""
+    words += canvas.subset_words(frame, "worst_case")
     canvas.caption(figure, words + canvas.non_finite_words(lost), width)
     return figure
 

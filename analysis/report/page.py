@@ -157,6 +157,7 @@ def _sections(
                 "adversarial",
                 "adversarial_induced",
                 "adversarial_accuracy",
+                "adversarial_matthews",
                 "worst_case",
                 "m_sharpness",
             ),

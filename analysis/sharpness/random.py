@@ -26,6 +26,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from analysis.core.directions import gaussian
+from analysis.core.example_losses import ExampleLosses, MeanLosses
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
 from analysis.core.result import row
@@ -72,6 +73,7 @@ class RandomSharpness:
     rises: npt.NDArray[np.float64]  # (R, D): L(W + eps) − L(W) of D directions, with antithetic the mean over ±eps
     induced_norms: npt.NDArray[np.float64]  # (R, D): realised ‖eps_W‖
     se: float | None = None  # relative standard error asked for; None where D was fixed
+    example_errors: tuple[float, ...] = ()  # (R,): of the mean rise over examples, at these directions; NaN if unknown
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
@@ -217,7 +219,9 @@ def random_sharpness(
         if watch is not None:
             watch(done, total, "losses")
 
-    base_loss = objective.loss(space)
+    before = ExampleLosses()
+    base_loss = objective.evaluate(space, before)["loss"]
+    after = [MeanLosses() for _ in settings.radii]
     report(1)
     done = 1
     used = 0
@@ -225,8 +229,10 @@ def random_sharpness(
         direction = draw(space, settings.seed, used)
         for i, radius in enumerate(settings.radii):
             for k, sign in enumerate(signs):
+                here = ExampleLosses()
                 with space.perturbed(direction, sign * radius):
-                    losses[i, used, k] = objective.loss(space)
+                    losses[i, used, k] = objective.evaluate(space, here)["loss"]
+                after[i].add(here)
                 norms[i, used, k] = space.induced_norm(direction, sign * radius)
                 done += 1
                 report(done)
@@ -245,6 +251,7 @@ def random_sharpness(
         rises=losses[:, :used].mean(axis=2) - base_loss,
         induced_norms=norms[:, :used].mean(axis=2),
         se=settings.se,
+        example_errors=tuple(mean.rise_error(before) for mean in after),
     )
 
 

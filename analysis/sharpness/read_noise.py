@@ -9,7 +9,7 @@ u is named by seed, number and parameter, so that adapters of one base model mee
 very same perturbation of W0: compare them in pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class ReadNoise:
     base_loss: float  # L(W)
     sigmas: tuple[float, ...]  # (R,)
     rises: npt.NDArray[np.float64]  # (R, directions): L(perturbed) − L(W)
-    accuracies: npt.NDArray[np.float64] | None  # (R, directions); None where the objective has no accuracy
+    scores: Mapping[str, npt.NDArray[np.float64]]  # accuracy, matthews where defined → (R, directions)
     induced_norms: npt.NDArray[np.float64]  # (R, directions): realised ‖eps_W‖
 
     @property
@@ -66,7 +66,7 @@ class ReadNoise:
         return standard_errors(self.rises)
 
     def rows(self) -> list[dict[str, Any]]:
-        """``loss_rise`` of every sigma and direction; ``loss_rise_mean`` and mean ``accuracy`` of every sigma.
+        """``loss_rise`` of every sigma and direction; ``loss_rise_mean`` and mean ``accuracy``, ``matthews`` by sigma.
 
         ``radius`` is sigma.
         """
@@ -79,10 +79,9 @@ class ReadNoise:
                 rows.append(row("read_noise", "loss_rise", float(rise), index=j, induced_norm=float(induced), **where))
             where["induced_norm"] = float(norms[i])
             rows.append(row("read_noise", "loss_rise_mean", float(means[i]), standard_error=float(errors[i]), **where))
-            if self.accuracies is not None:
-                accuracies = self.accuracies[i : i + 1]
-                spread = float(standard_errors(accuracies)[0])
-                rows.append(row("read_noise", "accuracy", float(accuracies.mean()), standard_error=spread, **where))
+            for name, values in self.scores.items():
+                spread = float(standard_errors(values[i : i + 1])[0])
+                rows.append(row("read_noise", name, float(values[i].mean()), standard_error=spread, **where))
         return rows
 
 
@@ -115,7 +114,7 @@ def read_noise(
         raise UserError("read noise is on stored weights, not on LoRA factors: measure it in full space")
     bases = base_weights(space) if settings.kind == "base" else None
     shape = (len(settings.sigmas), settings.directions)
-    losses, accuracies, norms = np.empty(shape), np.full(shape, np.nan), np.empty(shape)
+    losses, norms = np.empty(shape), np.empty(shape)
     total = losses.size + 1
 
     def report(done: int) -> None:
@@ -123,6 +122,7 @@ def read_noise(
             watch(done, total, "losses")
 
     exact = objective.evaluate(space)
+    scores = {name: np.empty(shape) for name in exact if name != "loss"}
     report(1)
     done = 1
     for j in range(settings.directions):
@@ -131,7 +131,8 @@ def read_noise(
             with space.perturbed(direction, sigma):
                 metrics = objective.evaluate(space)
             losses[i, j] = metrics["loss"]
-            accuracies[i, j] = metrics.get("accuracy", np.nan)
+            for name, values in scores.items():
+                values[i, j] = metrics[name]
             norms[i, j] = space.induced_norm(direction, sigma)
             done += 1
             report(done)
@@ -143,7 +144,7 @@ def read_noise(
         base_loss=exact["loss"],
         sigmas=settings.sigmas,
         rises=losses - exact["loss"],
-        accuracies=accuracies if "accuracy" in exact else None,
+        scores=scores,
         induced_norms=norms,
     )
 

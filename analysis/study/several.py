@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.core.measure import Watch
+from analysis.study.extents import with_common_extents
 from analysis.study.single import Subject, determinants, measure_subject
 from analysis.study.spec import MeasureEntry
 from analysis.study.unfinished import Unfinished
@@ -66,6 +67,7 @@ def measure_subjects(
     names = named([subject.folder for subject in subjects])
     if len(subjects) == 1:
         return measure_subject(subjects[0], task, entries, unfinished, watch, seed=names[0][1])
+    entries = with_common_extents(subjects, task, entries)
     frames = []
     for (method, seed), subject in zip(names, subjects, strict=True):
         name = f"{method}, seed {seed}"

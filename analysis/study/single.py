@@ -20,7 +20,7 @@ from analysis.study.subset import subset_rows
 from analysis.study.unfinished import Unfinished
 from analysis.study.work import device, objective_for, task_for
 from bilora.errors import UserError
-from bilora.tasks import TaskSpec, load_model
+from bilora.tasks import Task, TaskSpec, load_model
 
 ADAPTER, MODEL = "adapter_config.json", "config.json"
 
@@ -134,14 +134,7 @@ def measure_subject(
         available = len(getattr(loaded, entry.split))
         if entry.examples is not None and entry.examples > available:
             raise UserError(f"{entry.examples} examples asked for, but {entry.split} has {available}: ask for fewer")
-    model: Any
-    trained: Trained | None = None
-    if subject.is_adapter:
-        base = load_model(subject.base, task.kind, loaded.num_labels, tokenizer=loaded.tokenizer).to(device())
-        trained = load_trained(subject.folder, base)
-        model = trained.model
-    else:
-        model = load_model(str(subject.folder), task.kind, loaded.num_labels, tokenizer=loaded.tokenizer).to(device())
+    model, trained = load_subject(subject, task, loaded)
     spaces: dict[str, WeightSpace] = {}
     rows: list[dict[str, Any]] = []
     for entry in entries:
@@ -164,6 +157,20 @@ def measure_subject(
                 unfinished.add(entry.measure, name, found)
             rows += found
     return rows_frame(rows)
+
+
+def load_subject(subject: Subject, task: TaskSpec, loaded: Task) -> tuple[Any, Trained | None]:
+    """The model to measure, and the adapter on it if there is one.
+
+    Raises:
+        UserError: an adapter of another base model, or a damaged file.
+    """
+    if not subject.is_adapter:
+        folder = str(subject.folder)
+        return load_model(folder, task.kind, loaded.num_labels, tokenizer=loaded.tokenizer).to(device()), None
+    base = load_model(subject.base, task.kind, loaded.num_labels, tokenizer=loaded.tokenizer).to(device())
+    trained = load_trained(subject.folder, base)
+    return trained.model, trained
 
 
 def _recorded_base(folder: Path) -> str:

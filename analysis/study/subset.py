@@ -20,6 +20,7 @@ from analysis.landscape.connect import Connectivity
 from analysis.landscape.lines import LossLines
 from analysis.landscape.plane import difference, weights_of
 from analysis.landscape.surface import InPlane, LossSurface
+from analysis.sharpness.random import RandomSharpness
 
 
 def subset_rows(
@@ -34,8 +35,9 @@ def subset_rows(
     """What to add to the ``rows`` of a measurement on ``used`` of ``available`` examples; nothing if on all.
 
     ``examples`` and ``examples_available``; of lines and surfaces also ``subset_error`` where they are farthest from
-    their centre: the standard error of the loss rise there beside that on all examples. NaN where losses of single
-    examples are not known. It takes a loss at each of these points.
+    their centre: the standard error of the loss rise there beside that on all examples, at the price of a loss. Of
+    random perturbations it is that of the mean over directions at each radius. NaN where losses of single examples are
+    not known.
 
     Args:
         rows: of the measurement; none where it does not apply.
@@ -48,6 +50,10 @@ def subset_rows(
     where = {**{name: rows[0][name] for name in ("space", "split")}, "kind": kinds.pop() if len(kinds) == 1 else ""}
     measure = rows[0]["measure"]
     added = subset_counts(measure, used, available, **where)
+    if isinstance(result, RandomSharpness):
+        for radius, error in zip(result.radii, result.example_errors, strict=True):
+            error *= _unseen(used, available)
+            added.append(row(measure, "subset_error", error, radius=radius, **where))
     places = list(_farthest(result, space, settings))
     if places:
         centre = _losses_at(objective, space, _centre(result), 1.0)

@@ -71,6 +71,24 @@ def test_one_of_several_seeds_is_measured_as_among_them(folders):
     assert json.loads(Path("alone.json").read_text())["determinants"]["measures"][0]["settings"]["seed"] == 1
 
 
+def test_surfaces_of_several_adapters_share_the_window_of_the_widest(folders, here):
+    """Each alone reaches the rise in a window of its own; together they take the larger, also when resumed."""
+    surface = ["--what", "surface", "--space", "full", "--set", "target_rise=0.02", "--set", "points=5"]
+    surface += ["--set", "error=null", *DATA]
+
+    def extent(names, output):
+        subjects = [str(folders / name) for name in names]
+        assert main(["measure", *subjects, *surface, "-o", output]) == 0
+        rows = pd.read_parquet(output)
+        losses = rows[rows["quantity"] == "loss"]
+        return losses.groupby(losses.get("method", "one"))["radius"].max().to_dict() if "method" in rows else losses
+
+    alone = {name: extent([name], f"{name}.parquet")["radius"].max() for name in ("lora0", "other")}
+    assert alone["lora0"] != alone["other"]
+    together = extent(["lora0", "other"], "both.parquet")
+    assert set(together.values()) == {max(alone.values())}
+
+
 def test_adapters_called_by_their_folders_keep_their_seeds(folders):
     rows = measured(folders, ["bilora0", "other", "bilora1", "foreign"])
     names = rows[["method", "seed"]].drop_duplicates().itertuples(index=False, name=None)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from analysis.core import COLUMNS, Objective, WeightSpace, norm
+from analysis.core.half import HalfSpace
 from analysis.frame import to_frame
 from analysis.landscape import surface as surface_module
 from analysis.landscape.plane import Plane
@@ -52,14 +53,19 @@ def test_a_quadratic_gives_its_quadratic_form(quadratic):
 
 @pytest.mark.parametrize("precision", ["full", "bfloat16"])
 @pytest.mark.parametrize("error", [None, 0.02])
-def test_the_centre_is_the_unperturbed_loss_and_the_weights_stay(bert, precision, error):
+def test_the_centre_is_the_unperturbed_loss_and_the_weights_stay(bert, precision, error, monkeypatch):
+    monkeypatch.setattr(surface_module, "PRECISION_ERROR", math.inf)  # or all would be in full precision
     objective, space = bert
     before = flat(space.parameters).clone()
     surface = loss_surface(
         objective, space, random_plane(space, seed=0), points=11, extent=0.3, error=error, precision=precision
     )
+    assert surface.precision == precision
     assert surface.x[5] == surface.y[5] == 0
     assert surface.losses[5, 5] == objective.loss(space) == surface.base["loss"]
+    half = HalfSpace(space)
+    with half.perturbed({}):  # as it would be without the correction
+        assert objective.loss(half) != objective.loss(space)
     assert torch.equal(flat(space.parameters), before)
     np.testing.assert_array_equal(surface.x, -surface.x[::-1])
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 
 import matplotlib as mpl
 import numpy as np
@@ -14,12 +15,14 @@ from scipy import stats
 from analysis.plots import (
     FIGURES,
     FILES,
+    connectivity_curves,
     draw_all,
     eigenvalue_bars,
     landscape_lines,
     outside_share_bars,
     overlap_heatmap,
     perturbation_curves,
+    surface_contours,
     worst_case_curves,
 )
 from analysis.plots.canvas import NON_FINITE
@@ -29,7 +32,7 @@ from analysis.plots.save import describe
 from analysis.plots.spread import DIRECTIONS, EXAMPLES, SEEDS
 from analysis.plots.style import styles_for
 from bilora.errors import UserError
-from tests.plausible_rows import METHODS, plausible_rows
+from tests.plausible_rows import COLUMNS, METHODS, plausible_rows
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +312,25 @@ def test_an_interrupted_save_leaves_the_old_file(frame, tmp_path, monkeypatch):
         draw_all(only.iloc[:200], tmp_path, {})
     assert (tmp_path / "landscape.png").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_figures_say_on_how_many_of_the_examples(frame: pd.DataFrame) -> None:
+    """And how far they may be off: a subset is another loss. Nothing is said of a measurement on all examples."""
+    fixed = {**COLUMNS, "method": "LoRA", "seed": 0, "space": "full"}
+    counts = {"examples": 24.0, "examples_available": 200.0, "subset_error": 0.125}
+    drawn = {
+        "landscape": landscape_lines,
+        "random": perturbation_curves,
+        "surface": partial(surface_contours, kind="filter"),
+        "connectivity": connectivity_curves,
+    }
+    for measure, draw in drawn.items():
+        where = {**fixed, "measure": measure}
+        if measure == "surface":
+            split = frame.loc[frame["measure"] == "surface", "split"].iloc[0]
+            where |= {"kind": "filter", "split": split}
+        rows = [{**where, "quantity": name, "value": value} for name, value in counts.items()]
+        assert "examples" not in words(draw(frame)), measure
+        said = words(draw(pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)))
+        assert "On 24 of 200 examples: beside all of them" in said, measure
+        assert "off by up to 0.12 (standard error)" in said, measure

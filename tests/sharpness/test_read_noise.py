@@ -41,7 +41,7 @@ def test_the_rise_on_a_quadratic_is_exact_along_each_draw():
             assert result.rises[i, j] == pytest.approx(float(g @ eps + 0.5 * eps @ model.H @ eps), rel=1e-10)
             assert result.induced_norms[i, j] == pytest.approx(float(eps.norm()), rel=1e-12)
     assert result.kind == "merged"
-    assert result.accuracies is None
+    assert result.scores == {}
 
 
 def test_the_mean_at_a_minimum_is_half_the_weighted_trace():
@@ -118,11 +118,13 @@ def test_rows():
     assert [r["value"] for r in means] == pytest.approx([np.mean(line) for line in result.rises])
     assert [r["standard_error"] for r in means] == result.standard_error.tolist()
     accuracies = [r for r in rows if r["quantity"] == "accuracy"]
-    assert [r["value"] for r in accuracies] == pytest.approx([np.mean(line) for line in result.accuracies])
-    errors = [np.std(line, ddof=1) / math.sqrt(3) for line in result.accuracies]
+    assert [r["value"] for r in accuracies] == pytest.approx([np.mean(line) for line in result.scores["accuracy"]])
+    errors = [np.std(line, ddof=1) / math.sqrt(3) for line in result.scores["accuracy"]]
     assert [r["standard_error"] for r in accuracies] == pytest.approx(errors)
     assert [r["induced_norm"] for r in accuracies] == [np.mean(line) for line in result.induced_norms]
-    assert len(rows) == 6 + 2 + 2
+    matthews = [r["value"] for r in rows if r["quantity"] == "matthews"]
+    assert matthews == pytest.approx([np.mean(line) for line in result.scores["matthews"]])
+    assert len(rows) == 6 + 2 + 2 + 2
     assert seen == [(i, 7, "losses") for i in range(1, 8)]
 
 
@@ -134,8 +136,9 @@ def test_the_accuracies_are_those_of_the_noisy_models():
         u = gaussian(space, 0, j)
         direction = {name: u[name] * p.detach() for name, p in space.parameters.items()}
         with space.perturbed(direction, 2.0):
-            assert result.accuracies[0, j] == objective.evaluate(space)["accuracy"]
-    assert len(set(result.accuracies[0].tolist())) > 1
+            for name in ("accuracy", "matthews"):
+                assert result.scores[name][0, j] == objective.evaluate(space)[name]
+    assert len(set(result.scores["accuracy"][0].tolist())) > 1
 
 
 def test_same_seed_same_result():

@@ -14,6 +14,7 @@ from analysis.landscape.connect import connectivity
 from analysis.landscape.lines import LandscapeSettings
 from analysis.landscape.surface import loss_surface
 from analysis.sharpness.ascent_gap import AscentGap
+from analysis.sharpness.random import RandomSettings, filter_noise, random_sharpness
 from analysis.study.subset import _unseen, barrier_error, subset_rows
 from tests.oracles import tiny
 
@@ -62,6 +63,19 @@ def test_lines_have_an_error_at_both_ends(objective):
     rises = rises_by_hand(space, {name: 0.5 * step for name, step in direction.items()})
     assert errors[-1]["value"] == pytest.approx(error_by_hand(rises), rel=1e-6)
     assert rises.mean() == pytest.approx(lines.losses[1, -1] - lines.losses[1, 1], rel=1e-6)
+
+
+def test_random_perturbations_have_the_error_of_their_mean_over_directions(objective):
+    (space,) = spaces(1)
+    settings = RandomSettings(radii=(0.1, 0.4), directions=3, seed=2)
+    sharpness = random_sharpness(objective, space, **settings.model_dump())
+    added = subset_rows(sharpness.rows(), USED, AVAILABLE, objective, space, sharpness, settings)
+    errors = {row["radius"]: row["value"] for row in added if row["quantity"] == "subset_error"}
+    assert [*errors] == [0.1, 0.4]
+    noises = [filter_noise(space, 2, j) for j in range(3)]
+    rises = [rises_by_hand(space, {name: 0.4 * step for name, step in noise.items()}) for noise in noises]
+    assert errors[0.4] == pytest.approx(error_by_hand(np.mean(rises, axis=0)), rel=1e-6)
+    assert np.mean(rises) == pytest.approx(sharpness.mean[1], rel=1e-6)
 
 
 def test_a_surface_has_an_error_at_its_corners_from_its_own_centre(objective):
