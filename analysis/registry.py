@@ -15,6 +15,7 @@ from analysis.sharpness.quantisation import MEASURE as QUANTISATION
 from analysis.sharpness.random import MEASURE as RANDOM
 from analysis.sharpness.read_noise import MEASURE as READ_NOISE
 from analysis.sharpness.worst_case import MEASURE as WORST_CASE
+from analysis.subspace.dynamics import MEASURE as DYNAMICS
 from analysis.subspace.measure import MEASURE as SUBSPACE
 from bilora.errors import UserError
 
@@ -36,6 +37,7 @@ MEASURES: dict[str, Measure] = {
         LANDSCAPE,
         SURFACE,
         SUBSPACE,
+        DYNAMICS,
     )
 }
 

@@ -60,6 +60,9 @@ CURVES = frozenset(
 )
 """``(measure, quantity)`` pairs that are points of one curve or surface: methods are not compared point by point."""
 
+OVER_STEPS = frozenset({"dynamics"})
+"""Measures whose every quantity is a curve over training steps."""
+
 LOWER, HIGHER, UNDECIDED = "lower", "higher", "undecided"
 
 _REQUIRED = ["method", "seed", *(key for key in KEYS if key not in ("label", "y")), "value"]
@@ -159,7 +162,9 @@ def paired_differences(
         raise UserError(f"baseline {baseline!r} is not among the methods measured: name one of {', '.join(methods)}")
     check_same_m(frame)
     names = zip(frame["measure"], frame["quantity"], strict=True)
-    compared = [name not in CURVES | BOOKKEEPING and name[1] not in SUBSET for name in names]
+    compared = [
+        name not in CURVES | BOOKKEEPING and name[0] not in OVER_STEPS and name[1] not in SUBSET for name in names
+    ]
     rows = _marked(frame[compared])
     pairs = _pairs(rows, baseline)
     keys = ["method", *KEYS]

@@ -17,6 +17,7 @@ from analysis.core.factors import Factors
 from bilora.errors import UserError
 from bilora.tasks import base_fingerprint
 from bilora.training.record import RECORD_FILE
+from bilora.training.recording import Recording, is_recorded, read_recording
 from bilora.training.saved import load_method
 
 CONFIG_FILE = "adapter_config.json"
@@ -36,6 +37,8 @@ class Trained:
     """Registry name of the training method; None for an adapter this project did not train."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The method's settings."""
+    recording: Recording | None = None
+    """What was recorded while it trained."""
 
 
 def load_trained(folder: Path, model: PreTrainedModel) -> Trained:
@@ -62,20 +65,21 @@ def load_trained(folder: Path, model: PreTrainedModel) -> Trained:
     _check_shapes(folder, model)
     _check_fingerprint(folder, model)
     saved = load_method(folder)
+    recording = read_recording(folder) if is_recorded(folder) else None
     try:
         adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise UserError(f"PEFT cannot load the adapter of {folder} onto this base model: {reason}") from error
     if saved is None:
-        return Trained(adapted)
+        return Trained(adapted, recording=recording)
     scales: dict[str, float] = json.loads(saved.metadata.get("scales", "{}"))
     auxiliary = {
         layer: Factors(saved.tensors[f"auxiliary.{layer}.B"], saved.tensors[f"auxiliary.{layer}.A"], scale)
         for layer, scale in scales.items()
         if f"auxiliary.{layer}.A" in saved.tensors
     }
-    return Trained(adapted, auxiliary or None, saved.name, saved.settings)
+    return Trained(adapted, auxiliary or None, saved.name, saved.settings, recording)
 
 
 def _check_shapes(folder: Path, model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from analysis.plots.canvas import NothingToDraw
 from analysis.plots.connectivity import connectivity_curves, connectivity_table
 from analysis.plots.density import density_curves, density_table
+from analysis.plots.dynamics import CONVERGENCE, OUTSIDE, PARTS, Panel, dynamics_table, step_curves
 from analysis.plots.eigenvalues import eigenvalue_bars, eigenvalue_ladder, eigenvalue_table
 from analysis.plots.landscape import landscape_lines, landscape_table
 from analysis.plots.layers import LayerQuantity, layer_heatmap, layer_table
@@ -46,6 +47,7 @@ __all__ = [
     "outside_share_bars",
     "overlap_heatmap",
     "perturbation_curves",
+    "step_curves",
     "surface_contours",
     "worst_case_curves",
     "write_surface_html",
@@ -79,6 +81,11 @@ def _curves(name: str, title: str, measure: str, quantity: str, **options: Any) 
 def _layers(name: str, title: str, quantity: LayerQuantity) -> FigureFamily:
     table, draw = partial(layer_table, quantity=quantity), partial(layer_heatmap, quantity=quantity)
     return FigureFamily(name, title, "layers", table, draw)
+
+
+def _over_steps(name: str, title: str, panels: tuple[Panel, ...], columns: int) -> FigureFamily:
+    table = partial(dynamics_table, panels=panels)
+    return FigureFamily(name, title, "dynamics", table, partial(step_curves, panels=panels, columns=columns))
 
 
 def _surfaces(kind: str) -> FigureFamily:
@@ -117,6 +124,9 @@ FIGURES: tuple[FigureFamily, ...] = (
     _layers("layer_traces", "Trace of the curvature of every layer", "trace"),
     FigureFamily("overlap", "Overlap of primary and auxiliary subspaces", "subspace", overlap_table, overlap_heatmap),
     FigureFamily("outside_share", "What LoRA-SAM cannot reach", "subspace", outside_share_table, outside_share_bars),
+    _over_steps("outside_share_steps", "What LoRA-SAM cannot reach, over training", OUTSIDE, 2),
+    _over_steps("convergence", "How primary and auxiliary settle", CONVERGENCE, 3),
+    _over_steps("perturbation_parts", "Parts of the perturbation of the factors", PARTS, 2),
 )
 
 

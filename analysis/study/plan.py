@@ -129,10 +129,15 @@ def _training_cell(spec: StudySpec, label: str, seed: int, outside: Mapping[str,
     run = train_spec(spec, label, seed)
     method = method_class(run.method)
     determinants = {**as_json(run), **outside, "code": _training_code(run.method)}
+    record = spec.record if method.needs_lora else None
     if not method.needs_lora:
         del determinants["lora"]
+    if record is not None:
+        determinants["record"] = record
     steps = run.training.get("max_steps") or run.training.get("num_train_epochs", 3)
-    return Cell("training", f"{label}, seed {seed}: training", determinants, Training(run), method.passes * steps)
+    return Cell(
+        "training", f"{label}, seed {seed}: training", determinants, Training(run, record), method.passes * steps
+    )
 
 
 def _training_code(name: str) -> str:

@@ -134,6 +134,7 @@ class StudySpec(_Section):
         seeds: training seeds.
         measures: what is measured.
         baseline: label of the method the others are compared with; default the first.
+        record: record every run every so many steps, for the measure ``dynamics`` (:class:`bilora.training.Recorder`).
         output: where results go; default ``runs/<name>``.
     """
 
@@ -146,6 +147,7 @@ class StudySpec(_Section):
     seeds: tuple[Seed, ...] = Field(min_length=1)
     measures: tuple[MeasureEntry, ...] = Field(min_length=1)
     baseline: str | None = None
+    record: PositiveInt | None = None
     output: Path | None = None
 
     @field_validator("seeds")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from analysis.statistics import CURVES, DIRECTIONS, UNDECIDED, paired_differences, summarize
+from analysis.statistics import CURVES, DIRECTIONS, OVER_STEPS, UNDECIDED, paired_differences, summarize
 
 KEY_QUANTITIES: dict[str, tuple[str, ...]] = {
     "quality": ("accuracy", "loss"),
@@ -83,7 +83,9 @@ def _content(frame: pd.DataFrame, baseline: str) -> _Content:
 def rows_table(frame: pd.DataFrame) -> Table:
     """The rows of measured adapters that belong to whole spaces: a line a value, without directions and curves."""
     pairs = list(zip(frame["measure"], frame["quantity"], strict=True))
-    single = pd.Series([pair in CURVES or pair in DIRECTIONS for pair in pairs], index=frame.index, dtype=bool)
+    single = pd.Series(
+        [pair in CURVES or pair in DIRECTIONS or pair[0] in OVER_STEPS for pair in pairs], index=frame.index, dtype=bool
+    )
     rows = frame[(frame["layer"] == "") & ~(single & (frame["index"] >= 0))]
     rows = pd.concat([rows, _largest_layers(frame)])
     several = ["method", "seed"] if "method" in frame else []

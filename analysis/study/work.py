@@ -27,12 +27,18 @@ POINTS = "points.jsonl"
 
 @dataclass(frozen=True)
 class Training:
-    """Trains one adapter into the cell's folder; continues from the last checkpoint of a killed attempt."""
+    """Trains one adapter into the cell's folder; continues from the last checkpoint of a killed attempt.
+
+    Attributes:
+        spec: the run.
+        record_every: steps between recorded moments; None: it is not recorded.
+    """
 
     spec: TrainSpec
+    record_every: int | None = None
 
     def __call__(self, folder: Path, store: Store) -> dict[str, Any]:
-        record = train_run(self.spec, folder, progress=False)
+        record = train_run(self.spec, folder, progress=False, record_every=self.record_every)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return {"steps": record.steps, "train": record.train, "validation": record.validation}
 

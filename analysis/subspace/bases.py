@@ -1,4 +1,4 @@
-"""Orthonormal bases of the spaces that thin factors span, and the angles between them.
+"""The angles between the spaces that thin factors span.
 
 For orthonormal U (m×p), V (m×q) the singular values of UᵀV are the cosines of the principal angles. The overlap is
 
@@ -13,23 +13,9 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from bilora.adapters.bases import column_basis, row_basis
 
-def column_basis(factor: Tensor) -> Tensor:
-    """Orthonormal basis of Col(factor), (m, rank), float64, of a factor (m, r).
-
-    Directions below the rounding of the factor's own dtype are not counted: a zero factor has the empty basis (m, 0).
-    A factor with non-finite entries spans nothing that could be named: its basis is NaN, as is all computed from it.
-    """
-    if not torch.isfinite(factor).all():
-        return torch.full_like(factor, math.nan, dtype=torch.float64)
-    left, singular, _ = torch.linalg.svd(factor.detach().double(), full_matrices=False)
-    tolerance = max(factor.shape) * torch.finfo(factor.dtype).eps * singular.max()
-    return left[:, singular > tolerance]
-
-
-def row_basis(factor: Tensor) -> Tensor:
-    """Orthonormal basis of Row(factor) as columns, (n, rank), float64, of a factor (r, n)."""
-    return column_basis(factor.mT)
+__all__ = ["column_basis", "largest_angle", "overlap", "row_basis"]
 
 
 def overlap(U: Tensor, V: Tensor) -> float:

@@ -58,6 +58,10 @@ def train(
         float | None,
         typer.Option("--loraplus-lr-ratio", help="LoRA+: learning rate of B over that of A.", show_default="the same"),
     ] = None,
+    record: Annotated[
+        int | None,
+        typer.Option("--record", metavar="N", help="Record factors and perturbations every N steps."),
+    ] = None,
     seed: options.SeedOption = 0,
     quiet: options.QuietOption = False,
     verbose: options.VerboseOption = False,
@@ -98,9 +102,9 @@ def train(
         {"model": model, "task": task, "lora": lora, "method": method, "seed": seed, **assigned}
     )
     with nullcontext() if quiet else TrainingBar() as bar:
-        record = train_run(spec, output, progress=False, callbacks=() if bar is None else (bar,))
+        finished = train_run(spec, output, progress=False, callbacks=() if bar is None else (bar,), record_every=record)
     if is_main_process() and not quiet:
-        _show(record, spec.method)
+        _show(finished, spec.method)
 
 
 def _show(record: "TrainRecord", method: str) -> None:

@@ -15,6 +15,7 @@ from bilora.methods import Method, Step, build_method
 from bilora.methods.checks import check_positive
 from bilora.training.guard import FiniteGuard
 from bilora.training.loraplus import loraplus_groups
+from bilora.training.recorder import Recorder
 from bilora.training.replay import Replay
 from bilora.training.saved import load_method, save_method
 from bilora.training.window import MicroBatch, RngState, examples_in, labels_of, losses_by_example, rng_preserved
@@ -77,6 +78,7 @@ class MethodMixin(_Trainer):
         self._examples_in_window = 0
         self._share = 1.0
         self._prepared = False
+        self._recorders: list[Recorder] = []
         self._window: list[MicroBatch] = []
         self._forget_window()
         self._owns_optimizer = self.optimizer is None
@@ -91,6 +93,9 @@ class MethodMixin(_Trainer):
             UserError: too many steps in a row had no finite loss and gradient.
         """
         self._guard.start()
+        self._recorders = [c for c in self.callback_handler.callbacks if isinstance(c, Recorder)]
+        for recorder in self._recorders:
+            recorder.watch(self.model, self.method)
         try:
             outcome = super().train(*args, **kwargs)
             if self._guard.skipped and not self._guard.applied:
@@ -248,6 +253,8 @@ class MethodMixin(_Trainer):
         self._ended = step if finite else None
         if finite:
             self._guard.passed()
+            for recorder in self._recorders:
+                recorder.ended(step, lambda: self._mean_over_processes(self._loss_again(model)))
         else:
             self.method.skipped(step)
             self._leave_out(step)
@@ -279,6 +286,12 @@ class MethodMixin(_Trainer):
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "mean") == 1)
 
+    def _mean_over_processes(self, value: float) -> float:
+        if self.args.world_size == 1:
+            return value
+        mean = self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.args.device), "mean")
+        return float(mean)
+
     @property
     def shifts_labels(self) -> bool:
         """Whether the model's loss predicts the label of a position at the position before it."""
@@ -286,6 +299,8 @@ class MethodMixin(_Trainer):
 
     def plain_training_step(self, model: nn.Module, micro: MicroBatch, share: float) -> Tensor:
         """The Trainer's own step on a micro-batch whose loss counts by ``share``."""
+        for recorder in self._recorders:
+            recorder.passing(self._step())
         with self._weighted(share):
             return super().training_step(model, dict(micro.inputs), micro.items)
 

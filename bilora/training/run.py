@@ -19,6 +19,8 @@ from bilora.methods import Method, build_method
 from bilora.methods.custom import file_digest, is_custom
 from bilora.tasks import Task, add_lora, base_fingerprint, load_model, load_task, load_tokenizer
 from bilora.training.record import SPEC_FILE, TrainRecord, as_json, read_record, write_json, write_record
+from bilora.training.recorder import Recorder
+from bilora.training.recording import is_recorded, read_recording
 from bilora.training.spec import TrainSpec
 from bilora.training.trainer import BiLoraTrainer
 
@@ -49,7 +51,12 @@ _PICKLED = "training_args.bin"
 
 
 def train_run(
-    spec: TrainSpec, output_dir: str | Path, *, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()
+    spec: TrainSpec,
+    output_dir: str | Path,
+    *,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+    record_every: int | None = None,
 ) -> TrainRecord:
     """Train as ``spec`` says and leave the adapter (or, for ``full``, the model) and ``train.json`` in a folder.
 
@@ -61,6 +68,8 @@ def train_run(
         output_dir: its folder; made only once every input has been checked.
         progress: show the Trainer's progress bar.
         callbacks: further ``transformers.TrainerCallback``.
+        record_every: record factors and perturbations every so many steps (:class:`bilora.training.Recorder`). A run
+            that was interrupted goes on as it began.
 
     Raises:
         UserError: bad input; the folder holds another run; the loss stopped being a number.
@@ -68,7 +77,12 @@ def train_run(
     folder = Path(output_dir)
     finished = _finished(folder, spec)
     if finished is not None:
+        if record_every is not None and not is_recorded(folder):
+            raise UserError(f"the run in {folder} is finished and was not recorded: name another output folder")
         return finished
+    if record_every is None and is_recorded(folder):
+        record_every = read_recording(folder).about.every
+    recorders = () if record_every is None else (Recorder(folder, every=record_every),)
     method = build_method(spec.method, spec.settings)
     arguments = _training_arguments(spec, method, folder, progress)
     tokenizer = load_tokenizer(spec.model)
@@ -91,7 +105,7 @@ def train_run(
         max_skipped_steps=spec.max_skipped_steps,
         loraplus_lr_ratio=spec.lora.loraplus_lr_ratio if method.needs_lora else None,
         args=arguments,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *recorders],
         **task.trainer_arguments(),
     )
     trainer.remove_callback(PrinterCallback)

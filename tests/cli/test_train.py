@@ -24,6 +24,7 @@ from bilora.cli.errors import exit_code
 from bilora.cli.options import parse_assignments
 from bilora.errors import UserError
 from bilora.tasks import LoraSpec, TaskSpec, base_fingerprint, load_model, load_task, load_tokenizer
+from bilora.training.recording import FILE_NAME, read_recording
 from bilora.training.run import train_run
 from bilora.training.spec import TrainSpec
 
@@ -135,6 +136,24 @@ def test_interrupted_run_continues_to_the_same_adapter(trained, tmp_path, at, ca
     finished, uninterrupted = (json.loads((f / "train.json").read_text()) for f in (folder, trained))
     for key in ("spec", "train", "validation", "steps", "base_fingerprint", "data_fingerprint"):
         assert finished[key] == uninterrupted[key]
+
+
+def test_a_recorded_run_is_the_same_run(trained, tmp_path, capsys):
+    """Recording is no part of the spec, goes on by itself after an interruption, and leaves the adapter as it is."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main([*command(whole), "--record", "2", "--quiet"]) == 0
+    with pytest.raises(KeyboardInterrupt):
+        train_run(small_spec(), killed, progress=False, callbacks=[InterruptAt(4)], record_every=2)
+    assert main([*command(killed), "--quiet"]) == 0
+    named = {key: value for key, value in contents(whole).items() if not key.startswith(FILE_NAME)}
+    assert named == contents(trained)
+    assert read_recording(whole).steps == (0, 2, 4, 5, 6)
+    assert contents(whole) == contents(killed)
+    assert main([*command(trained), "--record", "2"]) == 2
+    assert "is finished and was not recorded: name another output folder" in capsys.readouterr().err
+    assert main([*command(tmp_path / "zero"), "--record", "0"]) == 2
+    assert "every must be an integer of at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "zero").exists()
 
 
 def test_another_spec_is_refused_and_nothing_changed(trained, tmp_path, capsys):

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from bilora import METHODS, BiLoraTrainer, build_method
+from bilora.training import Recorder
 from tests.training.tiny import factors, pad, ragged_data, tiny_bert, with_lora
 
 
@@ -27,8 +28,14 @@ def main(folder: Path) -> None:
             use_cpu=True,
             dataloader_pin_memory=False,
         )
+        recorder = Recorder(folder / f"{name}-{state.num_processes}", every=1, losses_every=1)
         trainer = BiLoraTrainer(
-            model=model, method=build_method(name), args=arguments, train_dataset=ragged_data(), data_collator=pad
+            model=model,
+            method=build_method(name),
+            args=arguments,
+            train_dataset=ragged_data(),
+            data_collator=pad,
+            callbacks=[recorder] if method.needs_lora else None,
         )
         trainer.train()
         if state.is_main_process:
