@@ -38,6 +38,7 @@ from analysis.settings import MeasureSettings
 from analysis.subspace.bases import column_basis, overlap, row_basis
 from analysis.subspace.lowrank import LowRank
 from analysis.subspace.perturbations import induced
+from analysis.subspace.products import cosine, factor_inner, product_inner, ratio
 from analysis.subspace.reachable import ReachableSet, squared_norm
 from bilora.adapters.norms import squared_product_norm
 from bilora.errors import UserError
@@ -87,10 +88,10 @@ class _Sums:
     def add(self, above: float, below: float) -> float:
         self.above.append(above)
         self.below.append(below)
-        return _ratio(above, below)
+        return ratio(above, below)
 
     def total(self) -> float:
-        return _ratio(math.fsum(self.above), math.fsum(self.below))
+        return ratio(math.fsum(self.above), math.fsum(self.below))
 
 
 def _of_moment(moment: Moment, end: Moment, last: Moment) -> Iterator[dict[str, Any]]:
@@ -151,23 +152,23 @@ def _cosines(moment: Moment, end: Moment, last: Moment) -> dict[tuple[str, str, 
             pairs.setdefault(("cosine", "primary_auxiliary"), []).append((layer, mine, auxiliary))
     found: dict[tuple[str, str, str], list[Entry]] = {}
     for (quantity, kind), compared in pairs.items():
-        for space, inner in (("full", _product_inner), ("lora", _factor_inner)):
+        for space, inner in (("full", product_inner), ("lora", factor_inner)):
             if space == "lora" and any(f.A.shape != g.A.shape for _, f, g in compared):
                 continue  # factors of different ranks have no cosine
             squares = np.array([[inner(f, g), inner(f, f), inner(g, g)] for _, f, g in compared])
             key = (quantity, space, kind)
             found[key] = [
-                (layer, _cosine(*line), math.nan, math.nan)
+                (layer, cosine(*line), math.nan, math.nan)
                 for (layer, _, _), line in zip(compared, squares.tolist(), strict=True)
             ]
-            found[key].append(("", _cosine(*squares.sum(axis=0).tolist()), math.nan, math.nan))
+            found[key].append(("", cosine(*squares.sum(axis=0).tolist()), math.nan, math.nan))
             if space == "full" and quantity == "cosine_to_end":
                 distances = squares[:, 1] + squares[:, 2] - 2 * squares[:, 0]
                 ends = squares[:, 2]
                 found["distance_to_end", space, kind] = [
-                    (layer, math.sqrt(max(_ratio(d, e), 0.0)), math.nan, math.nan)
+                    (layer, math.sqrt(max(ratio(d, e), 0.0)), math.nan, math.nan)
                     for (layer, _, _), d, e in zip(compared, distances.tolist(), ends.tolist(), strict=True)
-                ] + [("", math.sqrt(max(_ratio(float(distances.sum()), float(ends.sum())), 0.0)), math.nan, math.nan)]
+                ] + [("", math.sqrt(max(ratio(float(distances.sum()), float(ends.sum())), 0.0)), math.nan, math.nan)]
     return found
 
 
@@ -175,7 +176,7 @@ def _parts(moment: Moment) -> dict[tuple[str, str, str], list[Entry]]:
     """Norms of the three parts of a perturbation of the factors, and the ratio of second to first order."""
     found: dict[tuple[str, str, str], list[Entry]] = {}
     squares: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    ratio = _Sums()
+    orders = _Sums()
     ratios: list[Entry] = []
     for layer, at in moment.layers.items():
         if at.eps_A is None and at.eps_B is None:
@@ -191,11 +192,11 @@ def _parts(moment: Moment) -> dict[tuple[str, str, str], list[Entry]]:
             )
         both = torch.cat([at.B, eps_B], dim=1), torch.cat([eps_A, at.A], dim=0)
         first = at.scale**2 * float(squared_product_norm(*both))
-        ratios.append((layer, math.sqrt(ratio.add(norms["eps_B_eps_A"], first)), math.nan, math.nan))
+        ratios.append((layer, math.sqrt(orders.add(norms["eps_B_eps_A"], first)), math.nan, math.nan))
     for name in PARTS if found else ():
         found["perturbation_part", "full", name].append(("", math.sqrt(squares[name]), math.nan, math.nan))
     if ratios:
-        found["second_order_ratio", "full", ""] = [*ratios, ("", math.sqrt(ratio.total()), math.nan, math.nan)]
+        found["second_order_ratio", "full", ""] = [*ratios, ("", math.sqrt(orders.total()), math.nan, math.nan)]
     return found
 
 
@@ -214,7 +215,7 @@ def _outside(moment: Moment) -> dict[tuple[str, str, str], list[Entry]]:
     if not entries:
         return {}
     norms = np.array(shares.below)
-    chance = _ratio(float(np.array(chances) @ norms), float(norms.sum()))
+    chance = ratio(float(np.array(chances) @ norms), float(norms.sum()))
     entries.append(("", shares.total(), chance, math.sqrt(norms.sum())))
     return {("outside_share", "full", ""): entries}
 
@@ -264,25 +265,6 @@ def _auxiliary(at: LayerMoment) -> Factors | None:
     if at.auxiliary_A is None or at.auxiliary_B is None:
         return None
     return Factors(at.auxiliary_B, at.auxiliary_A, at.auxiliary_scale)
-
-
-def _product_inner(f: Factors, g: Factors) -> float:
-    """⟨s·B·A, s'·B'·A'⟩ by an r×r' product."""
-    left, right = f.B.double().mT @ g.B.double(), f.A.double() @ g.A.double().mT
-    return f.scale * g.scale * float((left * right).sum())
-
-
-def _factor_inner(f: Factors, g: Factors) -> float:
-    """⟨(A, B), (A', B')⟩."""
-    return float((f.A.double() * g.A.double()).sum() + (f.B.double() * g.B.double()).sum())
-
-
-def _cosine(inner: float, first: float, second: float) -> float:
-    return _ratio(inner, math.sqrt(first * second))
-
-
-def _ratio(above: float, below: float) -> float:
-    return above / below if below else math.nan
 
 
 def _square(tensor: Tensor) -> float:
