@@ -16,7 +16,9 @@ from analysis.sharpness.random import MEASURE as RANDOM
 from analysis.sharpness.read_noise import MEASURE as READ_NOISE
 from analysis.sharpness.worst_case import MEASURE as WORST_CASE
 from analysis.subspace.dynamics import MEASURE as DYNAMICS
+from analysis.subspace.efficiency import MEASURE as EFFICIENCY
 from analysis.subspace.measure import MEASURE as SUBSPACE
+from analysis.subspace.update import MEASURE as UPDATE
 from bilora.errors import UserError
 
 MEASURES: dict[str, Measure] = {
@@ -38,6 +40,8 @@ MEASURES: dict[str, Measure] = {
         SURFACE,
         SUBSPACE,
         DYNAMICS,
+        UPDATE,
+        EFFICIENCY,
     )
 }
 

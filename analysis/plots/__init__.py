@@ -27,6 +27,7 @@ from analysis.plots.surface import surface_contours
 from analysis.plots.surface_data import KINDS, surface_table
 from analysis.plots.surface_html import interactive_surface, write_surface_html
 from analysis.plots.surface_vtk import write_surface_vtk
+from analysis.plots.update_spectrum import update_spectrum, update_spectrum_table
 from analysis.plots.worst_case import worst_case_curves, worst_case_table
 from bilora.errors import UserError
 
@@ -49,6 +50,7 @@ __all__ = [
     "perturbation_curves",
     "step_curves",
     "surface_contours",
+    "update_spectrum",
     "worst_case_curves",
     "write_surface_html",
     "write_surface_vtk",
@@ -124,6 +126,7 @@ FIGURES: tuple[FigureFamily, ...] = (
     _layers("layer_traces", "Trace of the curvature of every layer", "trace"),
     FigureFamily("overlap", "Overlap of primary and auxiliary subspaces", "subspace", overlap_table, overlap_heatmap),
     FigureFamily("outside_share", "What LoRA-SAM cannot reach", "subspace", outside_share_table, outside_share_bars),
+    FigureFamily("update_spectrum", "Singular values of the updates", "update", update_spectrum_table, update_spectrum),
     _over_steps("outside_share_steps", "What LoRA-SAM cannot reach, over training", OUTSIDE, 2),
     _over_steps("convergence", "How primary and auxiliary settle", CONVERGENCE, 3),
     _over_steps("perturbation_parts", "Parts of the perturbation of the factors", PARTS, 2),

@@ -74,7 +74,7 @@ def _content(frame: pd.DataFrame, baseline: str) -> _Content:
         cells = []
         for method in methods:
             star = "*" if (method, *key) in decided else ""
-            cells.append(_interval(*values[method]) + star if method in values else "")
+            cells.append(interval(*values[method]) + star if method in values else "")
         shown.append((_title(key), cells))
     caption = f"* differs from {baseline}: paired by seed, 5 %, Holm-corrected over methods (not over the lines)"
     return _Content(methods, f"{spread} over {seeds} seed{'s' * (seeds > 1)}", shown, caption if decided else None)
@@ -180,7 +180,7 @@ def _title(key: tuple[object, ...]) -> str:
     return ", ".join([name, *(detail for detail in details if detail)])
 
 
-def _interval(mean: float, half_width: float) -> str:
+def interval(mean: float, half_width: float) -> str:
     """The mean to the digits its interval leaves meaningful."""
     if not math.isfinite(mean):
         return "not finite"

@@ -19,7 +19,11 @@ from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
 from analysis.subspace.bases import column_basis, largest_angle, overlap, row_basis
+from analysis.subspace.chance import overlap_p_value
 from bilora.errors import UserError
+
+LEVEL = 0.05
+"""p-value up to which an overlap is called more than chance."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class LayerOverlap:
         overlap: between 0 and 1; NaN if a factor is zero (nothing to compare) or not finite.
         chance: mean overlap of random subspaces of these dimensions; where a space is empty, of the nominal rank.
         angle: largest principal angle, radians.
+        p_value: share of random pairs of subspaces that overlap at least as much (:mod:`analysis.subspace.chance`).
     """
 
     layer: str
@@ -39,6 +44,7 @@ class LayerOverlap:
     overlap: float
     chance: float
     angle: float
+    p_value: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -57,16 +63,28 @@ class SubspaceOverlap:
             return math.nan, math.nan
         return float(np.mean([x.overlap for x in defined])), float(np.mean([x.chance for x in defined]))
 
+    def above_chance(self, side: Literal["column", "row"]) -> float:
+        """Share of the layers with a defined overlap whose p-value is at most :data:`LEVEL`; NaN if there is none."""
+        values = [x.p_value for x in self.layers if x.side == side and not math.isnan(x.p_value)]
+        return float(np.mean([value <= LEVEL for value in values])) if values else math.nan
+
     def rows(self) -> list[dict[str, Any]]:
-        """``overlap`` and ``largest_angle`` per layer and side, and ``overlap`` of the whole (``layer=""``)."""
+        """``overlap``, ``overlap_p_value`` and ``largest_angle`` per layer and side.
+
+        Of the whole (``layer=""``) the mean ``overlap``, and as ``above_chance`` the share of layers that overlap more
+        than 95 % of random ones: 0.05 by chance.
+        """
         rows = []
         for x in self.layers:
             where = {"space": "lora", "kind": x.side, "layer": x.layer}
             rows.append(row("subspace", "overlap", x.overlap, chance=x.chance, **where))
+            rows.append(row("subspace", "overlap_p_value", x.p_value, **where))
             rows.append(row("subspace", "largest_angle", x.angle, **where))
         for side in ("column", "row"):
             value, chance = self.mean(side)
             rows.append(row("subspace", "overlap", value, chance=chance, space="lora", kind=side))
+            above = self.above_chance(side)
+            rows.append(row("subspace", "above_chance", above, chance=LEVEL, space="lora", kind=side))
         return rows
 
 
@@ -77,7 +95,9 @@ def _compared(layer: str, side: Literal["column", "row"], first: Tensor, second:
     basis = column_basis if side == "column" else row_basis
     U, V = basis(first), basis(second.to(first.device))
     dimensions = (U.shape[1], V.shape[1]) if min(U.shape[1], V.shape[1]) else nominal
-    return LayerOverlap(layer, side, overlap(U, V), max(dimensions) / ambient, largest_angle(U, V))
+    value = overlap(U, V)
+    p_value = overlap_p_value(value, U.shape[1], V.shape[1], ambient)
+    return LayerOverlap(layer, side, value, max(dimensions) / ambient, largest_angle(U, V), p_value)
 
 
 def primary_factors(source: Trained | WeightSpace | Mapping[str, Factors]) -> Mapping[str, Factors]:

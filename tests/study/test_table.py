@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from analysis.core import row
-from analysis.study.table import _interval, result_table, rows_table
+from analysis.study.table import interval, result_table, rows_table
 
 
 def study_rows() -> pd.DataFrame:
@@ -58,7 +58,7 @@ def test_a_narrow_terminal_loses_nothing() -> None:
     assert "…" not in text
 
 
-def test_one_seed_has_no_interval() -> None:
+def test_one_seed_has_nointerval() -> None:
     frame = study_rows()
     text = shown(result_table(frame[frame["seed"] == 0], "A"))
     assert "±" not in text.replace("mean ±", "")
@@ -77,8 +77,8 @@ def test_one_seed_has_no_interval() -> None:
         (np.inf, np.nan, "not finite"),
     ],
 )
-def test_digits_follow_the_interval(mean: float, half_width: float, text: str) -> None:
-    assert _interval(mean, half_width) == text
+def test_digits_follow_theinterval(mean: float, half_width: float, text: str) -> None:
+    assert interval(mean, half_width) == text
 
 
 def test_curvature_beside_its_eigenvalues() -> None:
