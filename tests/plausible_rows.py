@@ -22,6 +22,7 @@ def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int
     """Every measure of every method and seed; full fine-tuning has no LoRA space."""
     rng, rng_curvature = np.random.default_rng(0), np.random.default_rng(1)
     rng_landscapes, rng_groups = np.random.default_rng(2), np.random.default_rng(3)
+    rng_runs = np.random.default_rng(4)
     rows: list[dict[str, object]] = []
     for method in methods:
         for seed in range(seeds):
@@ -34,6 +35,7 @@ def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int
                 measured += _landscape(rng, space, scale, directions)
                 measured += _density(rng_curvature, space, scale)
             measured += _subspace(rng, method)
+            measured += _runs(rng_runs, method)
             if method != "Full FT":
                 measured += _layers(rng_curvature, scale)
             for space in spaces:
@@ -227,3 +229,33 @@ def _subspace(rng, method):
                 "measure": "subspace", "space": "lora", "quantity": "outside_share", "kind": kind, "split": "train",
                 "layer": layer, "value": value, "chance": 0.96,
             }  # fmt: skip
+
+
+def _runs(rng, method):
+    """Dynamics of a recorded run, the spectrum of its update, and how well perturbations ascend."""
+    if method == "Full FT":
+        return
+    update = {"measure": "update", "space": "full", "quantity": "singular_value"}
+    for layer in LAYERS:
+        for index in range(1, 9):
+            yield {**update, "layer": layer, "index": index, "value": 0.5 / index * np.exp(0.1 * rng.standard_normal())}
+    shares = {"lora_sam": 0.7, "gradient": 0.95, "gradient_rank_r": 0.9, "filter_noise": 0.02, "isotropic": 0.0}
+    shares |= {"auxiliary": 0.4} if method == "Bi-LoRA" else {}
+    for kind, share in shares.items():
+        where = {"measure": "efficiency", "quantity": "efficiency", "kind": kind, "space": "full", "radius": 0.05}
+        yield {**where, "split": "train", "value": share + 0.03 * rng.standard_normal(), "induced_norm": 0.05}
+    outside = {"LoRA-SAM": 1e-4, "Flat-LoRA": 0.96, "Bi-LoRA": 0.5}
+    for step in range(0, 41, 10):
+        dynamics = {"measure": "dynamics", "space": "full", "index": step}
+        close = 1 - np.exp(-step / 12) + 0.01 * rng.standard_normal()
+        yield {**dynamics, "quantity": "cosine_to_end", "kind": "primary", "value": close}
+        if method in outside:
+            yield {**dynamics, "quantity": "outside_share", "value": outside[method], "chance": 0.97}
+        if method == "Bi-LoRA":
+            yield {**dynamics, "quantity": "cosine_to_end", "kind": "auxiliary", "value": (step / 40) ** 2}
+            yield {**dynamics, "quantity": "cosine", "kind": "primary_auxiliary", "value": -0.1}
+        if method == "LoRA-SAM":
+            for kind, size in (("B_eps_A", 1e-2), ("eps_B_A", 5e-2), ("eps_B_eps_A", 5e-4)):
+                value = size * np.exp(0.2 * rng.standard_normal())
+                yield {**dynamics, "quantity": "perturbation_part", "kind": kind, "value": value}
+            yield {**dynamics, "quantity": "second_order_ratio", "value": 0.01}

@@ -16,6 +16,7 @@ from analysis.plots.canvas import NothingToDraw
 from analysis.plots.connectivity import connectivity_curves, connectivity_table
 from analysis.plots.density import density_curves, density_table
 from analysis.plots.dynamics import CONVERGENCE, OUTSIDE, PARTS, Panel, dynamics_table, step_curves
+from analysis.plots.efficiency import efficiency_bars, efficiency_table
 from analysis.plots.eigenvalues import eigenvalue_bars, eigenvalue_ladder, eigenvalue_table
 from analysis.plots.landscape import landscape_lines, landscape_table
 from analysis.plots.layers import LayerQuantity, layer_heatmap, layer_table
@@ -39,6 +40,7 @@ __all__ = [
     "connectivity_curves",
     "density_curves",
     "draw_all",
+    "efficiency_bars",
     "eigenvalue_bars",
     "eigenvalue_ladder",
     "interactive_surface",
@@ -127,6 +129,9 @@ FIGURES: tuple[FigureFamily, ...] = (
     FigureFamily("overlap", "Overlap of primary and auxiliary subspaces", "subspace", overlap_table, overlap_heatmap),
     FigureFamily("outside_share", "What LoRA-SAM cannot reach", "subspace", outside_share_table, outside_share_bars),
     FigureFamily("update_spectrum", "Singular values of the updates", "update", update_spectrum_table, update_spectrum),
+    FigureFamily(
+        "efficiency", "Share of the best ascent in full space", "efficiency", efficiency_table, efficiency_bars
+    ),
     _over_steps("outside_share_steps", "What LoRA-SAM cannot reach, over training", OUTSIDE, 2),
     _over_steps("convergence", "How primary and auxiliary settle", CONVERGENCE, 3),
     _over_steps("perturbation_parts", "Parts of the perturbation of the factors", PARTS, 2),

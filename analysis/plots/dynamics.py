@@ -131,7 +131,9 @@ def _scale(axes: Axes, panel: Panel, alike: pd.DataFrame) -> float:
         axes.set_ylim(float(positive.min()) / 2, float(positive.max()) * 2)
         return float(positive.min()) / 2
     else:
-        axes.set_ylim(*canvas.spread_limits(alike))
+        low, high = canvas.spread_limits(alike)
+        room = 0.0 if high > low else 0.1 * abs(high) or 1.0  # of a constant
+        axes.set_ylim(low - room, high + room)
     return -np.inf
 
 

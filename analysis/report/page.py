@@ -186,7 +186,15 @@ def _sections(
             "Subspaces",
             ("Which part of a perturbation lies where LoRA-SAM, perturbing the factors, cannot go.",),
             (tables.subspace_table(summary, methods),),
-            shown("overlap", "outside_share"),
+            shown(
+                "overlap",
+                "outside_share",
+                "efficiency",
+                "outside_share_steps",
+                "convergence",
+                "perturbation_parts",
+                "update_spectrum",
+            ),
         ),
         Section(
             "differences",

@@ -34,6 +34,9 @@ def test_the_registry_knows_every_measure():
         "landscape",
         "surface",
         "subspace",
+        "dynamics",
+        "update",
+        "efficiency",
     ]
     assert all(name == measure.name for name, measure in MEASURES.items())
     with pytest.raises(UserError, match="choose one of quality, random"):

@@ -101,7 +101,9 @@ def test_rows():
         assert named["overlap", x.side, "a"]["value"] == named["overlap", x.side, ""]["value"] == x.overlap
         assert named["overlap", x.side, ""]["chance"] == x.chance
         assert named["largest_angle", x.side, "a"]["value"] == x.angle
-    assert len(rows) == 6
+        assert named["overlap_p_value", x.side, "a"]["value"] == x.p_value
+        assert named["above_chance", x.side, ""]["value"] == float(x.p_value <= 0.05)
+    assert len(rows) == 10
     assert {(r["measure"], r["space"]) for r in rows} == {("subspace", "lora")}
 
 
