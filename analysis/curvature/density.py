@@ -5,8 +5,9 @@
 A run is ``m`` Lanczos steps from a random unit vector v: θ_k and ``w_k = (first entry of eigenvector k)²`` are the
 nodes and weights of the Gauss rule for ``vᵀ·f(H)·v``, exact for polynomials f of degree ≤ 2m − 1, and the mean of
 ``vᵀ·f(H)·v`` over v is ``tr f(H)/n``. So the trace and the square of the Frobenius norm are unbiased from two
-steps on; where f has a kink (the share of negative curvature) the rule itself errs by about the weight of the nodes
-next to it.
+steps on. Where f bends at 0 (share of negative curvature, effective dimension of a small alpha) the rule itself errs,
+up or down, because a node next to 0 stands for eigenvalues on both sides: by tens of per cent at few steps, which the
+standard error over runs does not show. ``docs/curvature.md`` gives its size on a known spectrum.
 
 Lin, Saad, Yang 2016 (Approximating spectral densities of large matrices); Ghorbani, Krishnan, Xiao 2019. All basis
 vectors are orthogonalised against each other (without that, Lanczos repeats eigenvalues and the weights are wrong).
@@ -164,14 +165,22 @@ class SpectralDensity:
         return _number(np.sqrt, self.size * self._expected(np.square(self.nodes)), unbiased=True)
 
     def negative_share(self) -> Estimated[float]:
-        """Σ over negative λ of |λ|, as a share of Σ |λ|; NaN of a zero matrix."""
+        """Σ over negative λ of |λ|, as a share of Σ |λ|; NaN of a zero matrix.
+
+        Biased by the rule's error at 0 where eigenvalues crowd there, which the standard error does not show. A
+        semidefinite matrix has 0 or 1 to rounding, whatever the steps: no node lies outside the eigenvalues.
+        """
         negative = self._expected(np.maximum(-self.nodes, 0))
         both = np.stack([negative, self._expected(np.abs(self.nodes))], axis=1)
         with np.errstate(invalid="ignore"):
             return _number(lambda mean: mean[..., 0] / mean[..., 1], both)
 
     def effective_dimension(self, alpha: float) -> Estimated[float]:
-        """Σ λ⁺/(λ⁺ + alpha), λ⁺ = max(λ, 0): number of directions of curvature above about ``alpha`` (MacKay 1992)."""
+        """Σ λ⁺/(λ⁺ + alpha), λ⁺ = max(λ, 0): number of directions of curvature above about ``alpha`` (MacKay 1992).
+
+        An ``alpha`` not above the nodes nearest to 0 is beyond what the steps resolve: the value may then be off by
+        half, which the standard error does not show.
+        """
         positive = np.maximum(self.nodes, 0)
         return _number(lambda mean: mean, self.size * self._expected(positive / (positive + alpha)))
 

@@ -226,8 +226,8 @@ def _combination(
         return "PyHessian finds exact Hessian eigenvalues of largest magnitude alone: use backend='lanczos'"
     if backend == "scipy" and which == "both" and k == 1:
         return "ARPACK needs k of 2 or more for both ends: use backend='lanczos'"
-    if differences is not None and curvature == "ggn":
-        return "finite differences approximate the Hessian: leave out differences, or ggn"
+    if differences is not None and (curvature == "ggn" or autocast is not None):
+        return "finite differences approximate the float32 Hessian: leave out differences, or ggn and autocast"
     return ""
 
 

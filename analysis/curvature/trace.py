@@ -126,7 +126,8 @@ def trace(
             on the same objective (Hessian alone): it ends once its running mean changes by less than ``tolerance``
             or is negative, which says nothing of its error; standard error and ``converged`` are ours.
         graphs, autocast: as of the operator.
-        watch: called with (products so far, ``max_products``, estimate) after each block of probes.
+        watch: called with (products so far, ``max_products``, estimate) after each block of probes; by PyHessian for
+            each product, without an estimate.
 
     Returns:
         A :class:`Trace`, ``converged`` false if the products did not suffice.
@@ -142,7 +143,7 @@ def trace(
     if settings.backend == "pyhessian":
         if autocast is not None:
             raise UserError("PyHessian multiplies in the weights' own precision: use backend='xtrace' with autocast")
-        found, label = _pyhessian(objective, space, tolerance, max_products, seed), ""
+        found, label = _pyhessian(objective, space, tolerance, max_products, seed, watch), ""
     else:
         estimates = _xtrace_estimates if settings.backend == "xtrace" else _hutchinson_estimates
         with curvature_operator(objective, space, curvature, graphs=graphs, autocast=autocast) as operator:
@@ -342,10 +343,12 @@ def _standard_error(samples: Coefficients) -> float:
 
 
 def _pyhessian(
-    objective: Objective, space: WeightSpace, tolerance: float, max_products: int, seed: int
+    objective: Objective, space: WeightSpace, tolerance: float, max_products: int, seed: int, watch: Watch | None
 ) -> TraceEstimate:
     """PyHessian's ``trace`` (Yao et al. 2020) and the spread of its samples."""
     with pyhessian_engine(objective, space, seed) as (engine, adapter):
+        if watch is not None:
+            adapter.each_product = lambda products: watch(products, max_products, "")
         samples = np.array(engine.trace(maxIter=max_products, tol=tolerance), dtype=np.float64)
     products = adapter.products
     value, error = float(samples.mean()), _standard_error(samples)

@@ -31,7 +31,7 @@ UNITS_DIFFER = " The axes differ: factor curvature and curvature in W have diffe
 DECADES = 20.0
 """Values of one sign wider apart than this factor are drawn on a logarithmic scale."""
 
-_RANKED = {"": "by magnitude", "ggn": "by magnitude", "both": "both ends"}
+_RANKED = {"": "by magnitude", "largest": "largest", "smallest": "smallest", "both": "both ends"}
 _WHISKER = "0.25"  # grey of a whisker
 _RUNG = 0.42  # half the width of a rung; methods stand 1 apart
 _TICKS = 7  # labelled powers of ten at most
@@ -142,7 +142,7 @@ def eigenvalue_bars(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
             axes.tick_params(axis="x", length=0)
             axes.grid(visible=False, axis="x")
             axes.set_title(canvas.space_title(space))
-            axes.set_xlabel(f"rank ({_RANKED.get(kind, kind)})")
+            axes.set_xlabel(f"rank ({_ranking(kind)})")
         line[0].set_ylabel(_y_label(kind, split))
     dot = Line2D([], [], marker="o", markersize=3, color="0.4", linestyle="none", label="one seed")
     canvas.legend(figure, [*canvas.bar_handles(styles, table["method"]), dot], PAGE)
@@ -180,7 +180,7 @@ def eigenvalue_ladder(frame: pd.DataFrame) -> Figure:
             axes.set_xlim(-0.75, max(len(here), 3) - 0.25)
             axes.set_xticks([])
             axes.set_title(canvas.space_title(space))
-            axes.set_xlabel(f"methods, seeds side by side ({_RANKED.get(kind, kind)})")
+            axes.set_xlabel(f"methods ({_ranking(kind)})")
         line[0].set_ylabel(_y_label(kind, split))
     dots = [
         Line2D([], [], color=s.colour, marker=s.marker, markersize=3.5, markeredgewidth=0, linewidth=1.2, label=m)
@@ -192,7 +192,7 @@ def eigenvalue_ladder(frame: pd.DataFrame) -> Figure:
     words = "Dot: an eigenvalue of one seed; whisker: its residual ‖Hv − λv‖, within which an eigenvalue lies"
     words += " (hidden by the dot where shorter). "
     if seeds > 1:
-        words += f"Rung: mean of one rank over {seeds} seeds, where all agree in sign."
+        words += f"Seeds stand side by side; rung: mean of one rank over {seeds} seeds, where all agree in sign."
     else:
         words += "One seed: the rung is its eigenvalue."
     canvas.caption(figure, words + _doubt_words(table), PAGE)
@@ -233,6 +233,13 @@ def _fit(axes: Axes, panel: pd.DataFrame) -> None:
     bottom, top = canvas.spread_limits(spread)
     margin = 0.05 * (high - low)
     axes.set_ylim(min(bottom, -margin), max(top, margin))
+
+
+def _ranking(kind: str) -> str:
+    """How the eigenvalues are ranked, and in full what :func:`curvature_name` shortens."""
+    words = kind.split()
+    which = words.pop() if words and words[-1] in _RANKED else ""
+    return ", ".join([_RANKED[which], *filter(None, [" ".join(word for word in words if word != "ggn")])])
 
 
 def _y_label(kind: str, split: str) -> str:

@@ -207,7 +207,7 @@ def verdict_table(headlines: pd.DataFrame, methods: Sequence[str], baseline: str
 def difference_tables(differences: pd.DataFrame) -> list[Table]:
     """Every paired difference of whole spaces, a table per measure; single landscape points are left out."""
     rows = differences[(differences["layer"] == "") & (differences["measure"] != "landscape")]
-    rows = rows[~rows["quantity"].isin(["converged", "loss_rise_mean"])]
+    rows = rows[~rows["quantity"].isin(["converged", "complete", "loss_rise_mean"])]
     head = (
         "method",
         "space",
@@ -229,7 +229,8 @@ def difference_tables(differences: pd.DataFrame) -> list[Table]:
 
 def _difference_line(row: pd.Series) -> tuple[Cell, ...]:
     words = [row["kind"].replace("_", " "), row["split"]]
-    words.append(f"radius {row['radius']:g}" if pd.notna(row["radius"]) else "")
+    coordinate = "α =" if row["quantity"] == "effective_dimension" else "radius"
+    words.append(f"{coordinate} {row['radius']:g}" if pd.notna(row["radius"]) else "")
     words.append(f"rank {row['index']}" if row["index"] >= 0 else "")
     left_out = {"not finite": row["n_non_finite"], "unmatched": row["n_unmatched"]}
     said = ", ".join(f"{count} {why}" for why, count in left_out.items() if count)

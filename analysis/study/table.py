@@ -1,8 +1,9 @@
 """The result table of the terminal: a line a quantity, a column a method."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,20 @@ KEY_QUANTITIES: dict[str, tuple[str, ...]] = {
     "subspace": ("outside_share", "overlap"),
 }
 """What stands in the table: of every measure the quantities a reader asks for first."""
+
+_COSTS = ("products", "runs")
+_CHECKS = ("converged", "complete")
+"""Quantities of curvature that are 1 where it came out as asked for, 0 where it did not."""
+_AT_ALPHA = ("effective_dimension",)
+"""Quantities whose ``radius`` is an alpha."""
+_NUMBERS = {
+    "value": "value",
+    "standard error": "standard_error",
+    "residual": "residual",
+    "‖ε_W‖": "induced_norm",
+    "chance": "chance",
+}
+"""Head of a column of numbers → the column of the rows."""
 
 _LINE = ["measure", "space", "quantity", "kind", "split", "radius", "index"]
 
@@ -81,25 +96,42 @@ def _content(frame: pd.DataFrame, baseline: str) -> _Content:
 
 
 def rows_table(frame: pd.DataFrame) -> Table:
-    """The rows of measured adapters that belong to whole spaces: a line a value, without directions and curves."""
+    """The rows of measured adapters that belong to whole spaces: a line a value, without directions and curves.
+
+    Of the measure ``layers`` the largest layer. What curvature cost is left out, and that it converged: what did not
+    has a line that says so. Columns in which nothing stands are left out as well.
+    """
     pairs = list(zip(frame["measure"], frame["quantity"], strict=True))
     single = pd.Series(
         [pair in CURVES or pair in DIRECTIONS or pair[0] in OVER_STEPS for pair in pairs], index=frame.index, dtype=bool
     )
-    rows = frame[(frame["layer"] == "") & ~(single & (frame["index"] >= 0))]
-    rows = pd.concat([rows, _largest_layers(frame)])
-    several = ["method", "seed"] if "method" in frame else []
+    passed = frame["quantity"].isin(_CHECKS) & (frame["value"] == 1)
+    rows = frame[(frame["layer"] == "") & ~(single & (frame["index"] >= 0)) & ~passed]
+    rows = pd.concat([rows[~rows["quantity"].isin(_COSTS)], _largest_layers(frame)])
+    several = {name: rows[name].astype(str).tolist() for name in ("method", "seed") if name in frame}
+    columns = {**several, **_columns(rows.to_dict("records"))}
     table = Table()
-    for name in (*several, "quantity", "radius", "index", "value", "standard error", "‖ε_W‖", "chance"):
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in shown:
         table.add_column(name, justify="left" if name in ("quantity", "method") else "right")
-    for row in rows.to_dict("records"):
-        key = tuple(row[name] for name in ("measure", "space", "quantity", "kind", "split"))
-        numbers = (row["value"], row["standard_error"], row["induced_norm"], row["chance"])
-        index = str(row["index"]) if row["index"] >= 0 else ""
-        whose = [str(row[name]) for name in several]
-        title = _title((*key, None, None)) + (f", largest: {row['layer']}" if row["layer"] else "")
-        table.add_row(*whose, title, _number(row["radius"]), index, *(_number(x) for x in numbers))
+    for cells in zip(*shown.values(), strict=True):
+        table.add_row(*cells)
     return table
+
+
+def _columns(rows: list[dict[Hashable, Any]]) -> dict[str, list[str]]:
+    """Head → the cell of each row; an alpha stands with its quantity, a layer too."""
+    columns: dict[str, list[str]] = {name: [] for name in ("quantity", "radius", "index", *_NUMBERS)}
+    for row in rows:
+        key = tuple(row[name] for name in ("measure", "space", "quantity", "kind", "split"))
+        alpha = row["quantity"] in _AT_ALPHA
+        title = _title((*key, row["radius"] if alpha else None, None))
+        columns["quantity"].append(title + (f", largest: {row['layer']}" if row["layer"] else ""))
+        columns["radius"].append("" if alpha else _number(row["radius"]))
+        columns["index"].append(str(row["index"]) if row["index"] >= 0 else "")
+        for head, name in _NUMBERS.items():
+            columns[head].append(_number(row[name]))
+    return columns
 
 
 def _largest_layers(frame: pd.DataFrame) -> pd.DataFrame:
@@ -116,7 +148,7 @@ def differences_table(differences: pd.DataFrame) -> Table:
     The interval is uncorrected; a verdict is that of the interval corrected over methods.
     """
     rows = differences[(differences["layer"] == "") & (differences["measure"] != "landscape")]
-    rows = rows[~rows["quantity"].isin(["converged", "loss_rise_mean"])]
+    rows = rows[~rows["quantity"].isin([*_CHECKS, "loss_rise_mean"])]
     inside = bool((rows["over"] == "directions").any())
     caption = "over directions: of these trained models alone; another training may differ the other way"
     table = Table(
@@ -173,10 +205,10 @@ def _hashable(value: object) -> object:
 
 def _title(key: tuple[object, ...]) -> str:
     measure, space, quantity, kind, split, radius, _ = key
-    name = str(quantity) if measure == "quality" else f"{measure} {str(quantity).replace('_', ' ')}"
+    name = str(quantity) if measure in ("quality", quantity) else f"{measure} {str(quantity).replace('_', ' ')}"
     details = [str(kind).replace("_", " ") if kind else "", f"{space} space" if space else "", str(split or "")]
     if radius is not None:
-        details.append(f"radius {radius:g}")
+        details.append(f"{'alpha' if quantity in _AT_ALPHA else 'radius'} {radius:g}")
     return ", ".join([name, *(detail for detail in details if detail)])
 
 

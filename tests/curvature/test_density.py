@@ -113,6 +113,39 @@ def test_summaries_are_those_of_the_spectrum_and_their_spread_is_the_reported_er
         assert reported == pytest.approx(spread, rel=0.3), quantity
 
 
+def quadratic_forms(f, values, seed, runs):
+    """vᵀ·f(H)·v of the starts of a diagonal H, without a rule: (runs,)."""
+    return np.array([start(len(values), seed, run) ** 2 @ f(values) for run in range(runs)])
+
+
+def test_what_bends_at_zero_is_biased_and_its_standard_error_does_not_show_it():
+    # The numbers of docs/curvature.md.
+    values = np.concatenate([np.geomspace(20, 1e-4, 1200), -np.geomspace(3, 1e-4, 800)])
+    negative, positive = (
+        quadratic_forms(f, values, 1, 60) for f in (lambda x: np.maximum(-x, 0), lambda x: np.maximum(x, 0))
+    )
+    exact = negative.mean() / (negative.mean() + positive.mean())
+    for steps, ratio in ((4, 1.90), (8, 1.32), (20, 0.97), (30, 1.14), (40, 0.97), (80, 1.04)):
+        found = quadrature(torch.from_numpy(values), runs=60, steps=steps, seed=1)
+        share = found.negative_share()
+        assert share.value / exact == pytest.approx(ratio, abs=0.006), steps
+        assert share.standard_error < 0.022 * share.value, steps
+        added = [(found.weights * np.maximum(sign * found.nodes, 0)).sum(axis=1) for sign in (-1, 1)]
+        np.testing.assert_allclose(added[0] - negative, added[1] - positive, atol=1e-10)
+        if steps == 40:
+            for alpha, value, error, right in ((1.0, 300, 2, 300), (0.1, 533, 6, 521), (0.01, 1101, 15, 746)):
+                dimension = found.effective_dimension(alpha)
+                assert dimension.value == pytest.approx(value, rel=0.01)
+                assert dimension.standard_error == pytest.approx(error, rel=0.3)
+                assert exact_numbers(values, alpha)["effective_dimension"] == pytest.approx(right, abs=0.6)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20])
+def test_a_semidefinite_matrix_has_no_negative_share_at_any_number_of_steps(steps):
+    values = torch.cat([torch.zeros(500), torch.logspace(-6, 1, 500)]).double()
+    assert quadrature(values, runs=4, steps=steps).negative_share().value < 1e-12
+
+
 def test_two_steps_suffice_for_trace_and_norm():
     H = with_spectrum(SPECTRA["indefinite"])
     short, long = (quadrature(H, runs=4, steps=steps) for steps in (2, 20))

@@ -194,13 +194,14 @@ def test_settings_out_of_range_are_refused(settings):
 @pytest.mark.parametrize(
     ("measure", "name", "bad"),
     [
+        ("spectrum", "k", 1001),
+        ("spectrum", "tolerance", 1),
         ("spectrum", "which", "top"),
         ("spectrum", "block", 0),
+        ("spectrum", "differences", "forward"),
         ("spectrum", "backend", "jax"),
-        ("spectrum", "curvature", "fisher"),
-        ("spectrum", "graphs", "keep"),
         ("trace", "tolerance", 0),
-        ("trace", "max_products", 0),
+        ("trace", "max_products", 3),
         ("trace", "backend", "scipy"),
         ("density", "runs", 0),
         ("density", "steps", 1),
@@ -216,8 +217,37 @@ def test_settings_out_of_range_are_refused(settings):
 def test_every_setting_of_every_measure_has_its_bounds(measure, name, bad):
     settings = MEASURES[measure].settings
     settings(**{name: settings.model_fields[name].default})
-    with pytest.raises(ValidationError, match=name):
-        settings(**{name: bad})
+    with pytest.raises(UserError, match=name) as refusal:
+        settings.checked(**{name: bad})
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("measure", ["spectrum", "trace", "density", "layers"])
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("seed", -1), ("curvature", "fisher"), ("graphs", "keep"), ("autocast", "float64"), ("step", 1)],
+)
+def test_what_all_measures_refuse(measure, name, bad):
+    with pytest.raises(UserError, match=name) as refusal:
+        MEASURES[measure].settings.checked(**{name: bad})
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("measure", "together", "message"),
+    [
+        ("spectrum", {"k": 5, "max_products": 4}, "at least 5"),
+        ("spectrum", {"differences": "central", "curvature": "ggn"}, "leave out differences"),
+        ("spectrum", {"differences": "central", "autocast": "bfloat16"}, "leave out differences"),
+        ("spectrum", {"backend": "scipy", "which": "both", "k": 1}, "2 or more"),
+        ("trace", {"backend": "pyhessian", "curvature": "ggn"}, "exact Hessian alone"),
+        ("trace", {"backend": "pyhessian", "autocast": "bfloat16"}, "exact Hessian alone"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_line(measure, together, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        MEASURES[measure].settings.checked(**together)
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_loss_that_is_not_finite_is_a_clear_error(case):

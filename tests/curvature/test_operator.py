@@ -6,6 +6,7 @@ import torch
 
 from analysis.core import Objective, WeightSpace, gaussian
 from analysis.curvature import GaussNewtonOperator, HessianOperator, spectral_density, trace
+from analysis.curvature.graphs import GraphMeter
 from bilora.errors import UserError
 from tests.oracles import tiny
 
@@ -47,6 +48,26 @@ def test_kept_and_rebuilt_graphs_give_the_same_bits(kind):
             found.append([operator(v) for _ in range(2)])
     for products in found:
         assert all(torch.equal(product[name], part) for product in products for name, part in found[0][0].items())
+
+
+def test_the_bytes_of_a_graph_are_those_it_saves():
+    meter = GraphMeter(WeightSpace.all(tiny.Quadratic([1.0, 2.0])))
+    x = torch.ones(1000, dtype=torch.float64, requires_grad=True)
+    with meter.counting():
+        (x * x).sin()  # x, saved twice, and its square
+    assert (meter.last, meter.bytes) == (16_000, 16_000)
+    with meter.counting():
+        x[:10].exp() * x[10:20]  # the exponentials, saved twice, and all of x, for a part keeps the whole alive
+    assert (meter.last, meter.bytes) == (8_080, 24_080)
+
+
+def test_weights_are_not_counted_as_part_of_a_graph():
+    space = WeightSpace.all(tiny.Quadratic([1.0, 2.0]))
+    (weights,) = space.parameters.values()
+    meter = GraphMeter(space)
+    with meter.counting():
+        weights * weights
+    assert meter.bytes == 0
 
 
 @pytest.mark.parametrize(("free", "kept"), [(0, 0), (1 << 40, 4)])

@@ -221,6 +221,21 @@ def test_pyhessian_samples_the_same_objective(case):
     assert all(p.grad is None for p in space.model.parameters())
 
 
+def test_pyhessian_reports_every_product(case):
+    space, _ = case
+    told = []
+    found = trace(
+        Objective(BATCHES),
+        space,
+        tolerance=1e-12,
+        max_products=5,
+        backend="pyhessian",
+        watch=lambda *seen: told.append(seen),
+    )
+    assert found.products == 5
+    assert told == [(products, 5, "") for products in range(1, 6)]
+
+
 def test_rows_of_the_measure(case):
     space, _ = case
     calls = []

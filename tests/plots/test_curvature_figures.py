@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from analysis.layer_names import NO_NUMBER, split_layer
-from analysis.plots import density_curves, eigenvalue_ladder, layer_heatmap
+from analysis.plots import density_curves, eigenvalue_bars, eigenvalue_ladder, layer_heatmap
 from analysis.plots.canvas import NothingToDraw
 from analysis.plots.density import density_table
 from analysis.plots.eigenvalues import UNCONVERGED, curvature_name, decade_labels, decade_ticks
@@ -203,6 +203,37 @@ def test_both_ends_of_a_spectrum_and_gauss_newton_are_named():
     assert [curvature_name(kind) for kind in ("", "both", "ggn", "central differences")] == [
         "Hessian", "Hessian", "Gauss–Newton", "Hessian by differences"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("draw", [eigenvalue_ladder, eigenvalue_bars])
+@pytest.mark.parametrize(
+    ("kind", "on_y", "on_x"),
+    [
+        ("", "Hessian eigenvalue λ", "(by magnitude)"),
+        ("ggn smallest", "Gauss–Newton eigenvalue λ", "(smallest)"),
+        ("bfloat16 autocast", "Hessian under bfloat16 eigenvalue λ", "(by magnitude, bfloat16 autocast)"),
+        ("one-sided differences both", "Hessian by differences eigenvalue λ", "(both ends, one-sided differences)"),
+    ],
+)
+def test_axes_say_what_the_eigenvalues_are_of_and_how_they_are_ranked(draw, kind, on_y, on_x):
+    rows = pd.DataFrame(eigenvalue_rows([9.0, -4.0], kind=kind))
+    figure = draw(pd.concat([rows, rows.assign(space="lora")], ignore_index=True))
+    left, right = figure.axes
+    assert left.get_ylabel().startswith(on_y)
+    assert left.get_xlabel().endswith(on_x)
+    figure.draw_without_rendering()
+    boxes = [axes.xaxis.label.get_window_extent() for axes in (left, right)]
+    assert boxes[0].x1 < boxes[1].x0
+    assert boxes[1].x1 <= figure.bbox.x1
+
+
+def test_products_under_autocast_are_named_by_every_figure():
+    kind = "bfloat16 autocast"
+    density = pd.DataFrame(density_rows(np.linspace(-1, 1, 5), np.ones(5))).assign(kind=kind)
+    assert density_curves(density).axes[0].get_xlabel() == "Hessian under bfloat16 eigenvalue λ"
+    layers = pd.DataFrame(layer_rows(dict.fromkeys(bert_layers(1), 2.0))).assign(kind=kind)
+    labels = [axes.get_ylabel() for axes in layer_heatmap(layers).axes]
+    assert any("(Hessian under bfloat16" in label for label in labels), labels
 
 
 def test_ticks_of_a_symmetric_log_axis_are_few_and_signed():

@@ -14,7 +14,8 @@ from analysis.plots.save import save_figure
 from analysis.report import write_report
 from analysis.report.headlines import answer, headline_rows
 from analysis.report.numbers import enumerated, number, p_value, spread
-from analysis.statistics import paired_differences
+from analysis.report.tables import moment_table
+from analysis.statistics import paired_differences, summarize
 from bilora.errors import UserError
 from tests.browser import Framed, needs_browser
 from tests.plausible_rows import COLUMNS, plausible_rows
@@ -93,6 +94,20 @@ def test_nothing_is_loaded_from_anywhere(written):
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"data:[^\"]*", "", source))
     tags = {tag for tag, _ in Page(source).tags}
     assert not tags & {"script", "link", "iframe", "object", "embed"}
+
+
+def test_a_trace_is_called_by_its_operator_for_the_rows_know_no_backend():
+    rows = [
+        {**COLUMNS, "study": "toy", "method": "LoRA", "seed": 0, "space": "full", "split": "train", **one}
+        for one in (
+            {"measure": "trace", "quantity": "trace", "value": 3.0},
+            {"measure": "trace", "quantity": "trace", "value": 2.0, "kind": "ggn bfloat16 autocast"},
+            {"measure": "density", "quantity": "trace", "value": 4.0},
+        )
+    ]
+    table = moment_table(summarize(pd.DataFrame(rows)), ["LoRA"])
+    names = [cells[2].text for cells in table.rows]
+    assert names == ["trace", "trace ggn bfloat16 autocast", "trace (quadrature)"]
 
 
 def test_labels_are_escaped(tmp_path):

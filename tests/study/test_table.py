@@ -96,13 +96,45 @@ def test_curvature_beside_its_eigenvalues() -> None:
     assert "layers eigenvalue, full space, largest: second" in text
     assert "layers trace, full space, largest: first" in text
     assert "3" not in next(line for line in text.splitlines() if "largest: second" in line)
-    (line,) = [line for line in text.splitlines() if "trace trace" in line]
+    (line,) = [line for line in text.splitlines() if "│ trace, full space" in line]
     assert "42" in line
     assert "1.5" in line
+    assert "density effective dimension, full space, alpha 0.1 " in text
     study = pd.DataFrame([{"study": "toy", "method": m, "seed": 0, **one, "cell": ""} for m in "AB" for one in rows])
     text = shown(result_table(study, "A"))
-    for quantity in ("trace trace", "density effective dimension", "density negative share"):
+    for quantity in ("│ trace, full space", "density effective dimension", "density negative share"):
         assert quantity in text
+
+
+def test_what_did_not_converge_has_a_line_and_what_did_has_none() -> None:
+    rows = [
+        row("spectrum", "eigenvalue", 5.0, space="full", index=1, residual=0.0012),
+        row("spectrum", "converged", 1.0, space="full", index=1),
+        row("spectrum", "eigenvalue", 4.0, space="full", index=2, residual=0.34),
+        row("spectrum", "converged", 0.0, space="full", index=2),
+        row("spectrum", "products", 30, space="full"),
+        row("trace", "trace", 9.0, space="full", standard_error=0.5),
+        row("trace", "converged", 1.0, space="full"),
+        row("density", "runs", 3, space="full"),
+        row("density", "complete", 0.0, space="full"),
+    ]
+    lines = [line for line in shown(rows_table(pd.DataFrame(rows))).splitlines() if line.startswith("│")]
+    names = [line.split("│")[1].strip() for line in lines]
+    assert names == [
+        "spectrum eigenvalue, full space",
+        "spectrum eigenvalue, full space",
+        "spectrum converged, full space",
+        "trace, full space",
+        "density complete, full space",
+    ]
+    assert "0.0012" in lines[0]
+    assert "0.34" in lines[1]
+
+
+def test_a_column_in_which_nothing_stands_is_left_out() -> None:
+    loss = row("random", "loss_rise_mean", 1.0, space="full", radius=0.1, induced_norm=2.0)
+    heads = [column.header for column in rows_table(pd.DataFrame([row("quality", "loss", 0.0), loss])).columns]
+    assert heads == ["quantity", "radius", "value", "‖ε_W‖"]
 
 
 def test_rows_of_one_adapter_without_single_directions() -> None:
