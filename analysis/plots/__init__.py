@@ -24,6 +24,7 @@ from analysis.plots.m_sharpness import m_sharpness_points, m_sharpness_table
 from analysis.plots.overlap import outside_share_bars, outside_share_table, overlap_heatmap, overlap_table
 from analysis.plots.perturbation import perturbation_curves, perturbation_table
 from analysis.plots.save import direction_seeds, save_data, save_figure
+from analysis.plots.steps_html import interactive_steps
 from analysis.plots.surface import surface_contours
 from analysis.plots.surface_data import KINDS, surface_table
 from analysis.plots.surface_html import interactive_surface, write_surface_html
@@ -43,6 +44,7 @@ __all__ = [
     "efficiency_bars",
     "eigenvalue_bars",
     "eigenvalue_ladder",
+    "interactive_steps",
     "interactive_surface",
     "landscape_lines",
     "layer_heatmap",

@@ -79,14 +79,14 @@ def step_curves(frame: pd.DataFrame, panels: Sequence[Panel], columns: int, conf
     """
     table = dynamics_table(frame, panels, confidence)
     styles = styles_for(frame["method"])
-    here = [panel for panel in panels if _of(table, panel).any()]
+    here = [panel for panel in panels if not rows_of(table, panel).empty]
     columns = min(columns, len(here))
     lines = -(-len(here) // columns)
     figure, grid = canvas.panels(lines, columns, PAGE, canvas.height_for(lines, PAGE, row=1.75), sharex="all")
     chance = False
     for number, (panel, axes) in enumerate(zip(here, grid.flat, strict=False)):
-        part = table[_of(table, panel)]
-        alike = pd.concat([table[_of(table, other)] for other in here if other.label == panel.label])
+        part = rows_of(table, panel)
+        alike = pd.concat([rows_of(table, other) for other in here if other.label == panel.label])
         floor = _scale(axes, panel, alike)
         for method, look in styles.items():
             curve = part[part["method"] == method].sort_values("index")
@@ -135,6 +135,11 @@ def _scale(axes: Axes, panel: Panel, alike: pd.DataFrame) -> float:
         room = 0.0 if high > low else 0.1 * abs(high) or 1.0  # of a constant
         axes.set_ylim(low - room, high + room)
     return -np.inf
+
+
+def rows_of(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
+    """The rows that a panel draws."""
+    return table[_of(table, panel)]
 
 
 def _of(rows: pd.DataFrame, panel: Panel) -> "pd.Series[bool]":

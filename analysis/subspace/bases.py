@@ -9,7 +9,6 @@ For orthonormal U (m×p), V (m×q) the singular values of UᵀV are the cosines 
 
 import math
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -27,8 +26,14 @@ def overlap(U: Tensor, V: Tensor) -> float:
 def largest_angle(U: Tensor, V: Tensor) -> float:
     """The largest principal angle in radians, between 0 and π/2; NaN if either basis is empty or not finite.
 
-    Björck and Golub's form, accurate for small angles too, where the arc cosine loses half of the digits.
+    From its sine and its cosine (Björck & Golub 1973): accurate for small angles too, where the arc cosine loses half
+    of the digits.
     """
     if not min(U.shape[1], V.shape[1]) or not (torch.isfinite(U).all() and torch.isfinite(V).all()):
         return math.nan
-    return float(scipy.linalg.subspace_angles(U.cpu().numpy(), V.cpu().numpy())[0])
+    if U.shape[1] < V.shape[1]:
+        U, V = V, U
+    inner = U.mT @ V
+    outside = torch.linalg.qr(V - U @ inner, mode="r").R
+    sine, cosine = torch.linalg.svdvals(outside).max(), torch.linalg.svdvals(inner).min()
+    return math.atan2(float(sine), float(cosine))
