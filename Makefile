@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test lint unit figures benchmark benchmark-curvature benchmark-landscape docs constraints clean
+.PHONY: help install install-test demo test lint unit figures benchmark benchmark-curvature benchmark-landscape benchmark-inspect docs constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,12 @@ benchmark-curvature: install ## top eigenpairs of one Hessian: ours and, where i
 benchmark-landscape: install ## a loss surface: ours and, where installed, other tools', as JSON lines
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/landscape.py > landscape.tmp
 	mv landscape.tmp benchmarks/landscape.jsonl && cat benchmarks/landscape.jsonl
+
+benchmark-inspect: install ## a 7B model's adapter analysed from its factors, and what recording costs, as JSON lines
+	$(BIN)/python benchmarks/inspect_factors.py > inspect.tmp
+	mv inspect.tmp benchmarks/inspect_factors.jsonl && cat benchmarks/inspect_factors.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recording.py > recording.tmp
+	mv recording.tmp benchmarks/recording.jsonl && cat benchmarks/recording.jsonl
 
 docs: install ## write docs/methods.md from the docstrings
 	$(BIN)/python docs/make.py

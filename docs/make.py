@@ -3,8 +3,10 @@
 python docs/make.py
 """
 
+import csv
 import inspect
 import json
+import math
 import os
 import sys
 import textwrap
@@ -17,6 +19,8 @@ PAGE = ROOT / "docs" / "methods.md"
 README = ROOT / "README.md"
 CURVATURE = ROOT / "docs" / "curvature.md"
 LANDSCAPES = ROOT / "docs" / "landscapes.md"
+CLAIMS = ROOT / "docs" / "claims.md"
+FOUND = ROOT / "docs" / "claims.csv"
 TIMES = ROOT / "benchmarks" / "train_step.jsonl"
 TOOLS = ROOT / "benchmarks" / "curvature.jsonl"
 SURFACES = ROOT / "benchmarks" / "landscape.jsonl"
@@ -131,6 +135,29 @@ def methods_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def claims_table() -> str:
+    """What the study of the paper's claims found: a line a quantity, a column a method."""
+    with FOUND.open(encoding="utf-8", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = [f"| {' | '.join(['', *methods, 'chance'])} |", f"|{'---|' * (len(methods) + 2)}"]
+    for quantity in dict.fromkeys(row["quantity"] for row in rows):
+        here = {row["method"]: row for row in rows if row["quantity"] == quantity}
+        chance = next((f"{float(row['chance']):.3g}" for row in here.values() if row["chance"]), "")
+        cells = [_found(here[method]) if method in here else "" for method in methods]
+        lines.append(f"| {' | '.join([quantity, *cells, chance])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _found(row: dict[str, str]) -> str:
+    mean, half = float(row["mean"]), float(row["half_width"] or "nan")
+    star = r"\*" if row["verdict"] in ("lower", "higher") else ""
+    digits = 2 if not half else max(0, 1 - math.floor(math.log10(max(abs(mean) / 100, half))))
+    if abs(mean) < 1e-3 and digits > 4:
+        return f"{mean:.1e} ± {half:.0e}{star}"
+    return f"{mean:.{digits}f} ± {half:.{digits}f}{star}"
+
+
 def pages() -> dict[Path, str]:
     """Every page that this script writes, and what it should hold."""
     return {
@@ -138,6 +165,7 @@ def pages() -> dict[Path, str]:
         README: filled(README, "methods", methods_table()),
         CURVATURE: filled(CURVATURE, "tools", tools_table()),
         LANDSCAPES: filled(LANDSCAPES, "surfaces", surfaces_table()),
+        CLAIMS: filled(CLAIMS, "found", claims_table()),
     }
 
 
