@@ -18,7 +18,7 @@ from bilora.errors import UserError
 from bilora.tasks import base_fingerprint
 from bilora.training.record import RECORD_FILE
 from bilora.training.recording import Recording, is_recorded, read_recording
-from bilora.training.saved import load_method
+from bilora.training.saved import SavedMethod, load_method
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -73,13 +73,17 @@ def load_trained(folder: Path, model: PreTrainedModel) -> Trained:
         raise UserError(f"PEFT cannot load the adapter of {folder} onto this base model: {reason}") from error
     if saved is None:
         return Trained(adapted, recording=recording)
+    return Trained(adapted, auxiliary_factors(saved) or None, saved.name, saved.settings, recording)
+
+
+def auxiliary_factors(saved: SavedMethod) -> dict[str, Factors]:
+    """Bi-LoRA's auxiliary factors by layer, with s2 as scale; none of another method's state."""
     scales: dict[str, float] = json.loads(saved.metadata.get("scales", "{}"))
-    auxiliary = {
+    return {
         layer: Factors(saved.tensors[f"auxiliary.{layer}.B"], saved.tensors[f"auxiliary.{layer}.A"], scale)
         for layer, scale in scales.items()
         if f"auxiliary.{layer}.A" in saved.tensors
     }
-    return Trained(adapted, auxiliary or None, saved.name, saved.settings, recording)
 
 
 def _check_shapes(folder: Path, model: nn.Module) -> None:

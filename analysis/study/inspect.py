@@ -11,7 +11,7 @@ from torch import Tensor
 
 from analysis.core.adapter_files import read_factors
 from analysis.core.factors import Factors
-from analysis.core.trained import CONFIG_FILE
+from analysis.core.trained import CONFIG_FILE, auxiliary_factors
 from analysis.frame import rows_frame
 from analysis.study.several import named
 from analysis.subspace.compare import compare_adapters
@@ -53,7 +53,8 @@ def inspect_folders(folders: Sequence[Path], base: str | None = None) -> tuple[p
             if not weights:
                 weights = _base_weights(folder, base, notes)
             rows += inspect_updates(factors, weights or None).rows()
-            auxiliary = _auxiliary(folder)
+            state = load_method(folder)
+            auxiliary = auxiliary_factors(state) if state is not None else {}
             if auxiliary:
                 rows += subspace_overlap(factors, auxiliary).rows()
         if is_recorded(folder):
@@ -82,18 +83,6 @@ def _comparisons(adapters: Mapping[tuple[str, int], Mapping[str, Factors]]) -> l
         rows = compare_adapters(adapters[first], adapters[second], f"with {other}").rows()
         frames.append(_of(rows, *first))
     return frames
-
-
-def _auxiliary(folder: Path) -> dict[str, Factors]:
-    saved = load_method(folder)
-    if saved is None:
-        return {}
-    scales: dict[str, float] = json.loads(saved.metadata.get("scales", "{}"))
-    return {
-        layer: Factors(saved.tensors[f"auxiliary.{layer}.B"], saved.tensors[f"auxiliary.{layer}.A"], scale)
-        for layer, scale in scales.items()
-        if f"auxiliary.{layer}.A" in saved.tensors
-    }
 
 
 def _base_weights(folder: Path, base: str | None, notes: list[str]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from analysis.plots import FIGURES, efficiency_bars, step_curves, update_spectrum
+from analysis.plots import FIGURES, efficiency_bars, interactive_steps, step_curves, update_spectrum
 from analysis.plots.canvas import NothingToDraw
 from analysis.plots.dynamics import CONVERGENCE, OUTSIDE, PARTS, dynamics_table
 from analysis.plots.style import style_of
@@ -101,6 +101,18 @@ def test_singular_values_are_medians_over_layers_and_seeds(frame):
     assert line["low"] == rows["value"].quantile(0.25)
     assert (line["layers"], line["n_seeds"]) == (rows["layer"].nunique(), 3)
     assert "3 training seeds" in words(update_spectrum(frame))
+
+
+def test_the_interactive_curves_hold_the_same_numbers(frame):
+    figure = interactive_steps(frame, OUTSIDE)
+    rows = frame[(frame["measure"] == "dynamics") & (frame["quantity"] == "outside_share")]
+    lines = {trace.name: trace for trace in figure.data if trace.name}
+    assert lines.keys() == {"LoRA-SAM", "Flat-LoRA", "Bi-LoRA", "random"}
+    for method in ("LoRA-SAM", "Bi-LoRA"):
+        expected = rows[rows["method"] == method].groupby("index")["value"].mean()
+        np.testing.assert_allclose(lines[method].y, expected)
+        assert lines[method].line.color == style_of(method).colour
+    assert figure.layout.xaxis.title.text == "optimizer step"
 
 
 def test_every_family_of_runs_is_drawn_with_the_others():
