@@ -43,7 +43,7 @@ PARTS = (
     Panel("second_order_ratio", "full", "", "second over first order", "ratio of norms"),
 )
 OUTSIDE = (
-    Panel("outside_share", "full", "", "share outside LoRA-SAM's reach", "share of ‖ε_W‖²", (-0.03, 1.03)),
+    Panel("outside_share", "full", "", "share outside LoRA-SAM's reach", f"share of {canvas.EPS_W}²", (-0.03, 1.03)),
     Panel("loss_rise", "", "", "loss rise of the perturbation applied", "loss with − without"),
 )
 
@@ -71,8 +71,8 @@ def dynamics_table(frame: pd.DataFrame, panels: Sequence[Panel], confidence: flo
 def step_curves(frame: pd.DataFrame, panels: Sequence[Panel], columns: int, confidence: float = 0.95) -> Figure:
     """One panel a quantity over optimizer steps, a line a method, with a band over seeds and dots of chance levels.
 
-    Panels without rows are left out. Positive values over more than two decades stand on a logarithmic axis, common to
-    the panels of one unit.
+    Panels without rows are left out. Values that are nowhere negative and range over a factor of 30 stand on a
+    logarithmic axis, common to the panels of one unit.
 
     Raises:
         NothingToDraw: no such row was recorded.
@@ -126,7 +126,7 @@ def _scale(axes: Axes, panel: Panel, alike: pd.DataFrame) -> float:
         axes.set_ylim(*panel.limits)
     elif panel.label == "cosine":
         axes.set_ylim(min(-0.05, float(np.nanmin(alike["mean"])) - 0.1), 1.05)
-    elif canvas.spans(positive, 30):
+    elif canvas.spans(positive, 30) and not (alike["mean"] < 0).any():
         axes.set_yscale("log")
         axes.set_ylim(float(positive.min()) / 2, float(positive.max()) * 2)
         return float(positive.min()) / 2

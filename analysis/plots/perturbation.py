@@ -126,6 +126,6 @@ def _x_label(x: X, space: str, kind: str) -> str:
 
 
 def _y_label(quantity: str, measure: str, kind: str, split: str) -> str:
-    what = {"loss_rise": "loss rise"}.get(quantity, quantity)
+    what = {"loss_rise": "loss rise", "matthews": "Matthews correlation"}.get(quantity, quantity)
     direction = {"adversarial": "gradient step"}.get(measure, f"{kind} noise" if kind else measure)
     return f"{what}, {direction}" + (f"\n({split})" if split else "")

@@ -66,6 +66,16 @@ def test_zeros_have_no_place_on_a_logarithmic_axis_and_do_not_break_it():
     np.testing.assert_allclose(drawn[1:], [1e-3, 1e-1])
 
 
+def test_negative_values_are_drawn():
+    """A perturbation that lowers the loss is a finding, whatever the range of the others."""
+    rows = steps("loss_rise", [1e-3, 1e-1], space="") + steps("loss_rise", [1e-4, -2e-2], space="", method="Bi-LoRA")
+    axes = step_curves(pd.DataFrame(rows), OUTSIDE, 2).axes[0]
+    assert axes.get_yscale() == "linear"
+    np.testing.assert_allclose(line_of(axes, "Bi-LoRA").get_ydata(), [1e-4, -2e-2])
+    low, high = axes.get_ylim()
+    assert low < -2e-2 < 1e-1 < high
+
+
 def test_a_constant_is_drawn():
     figure = step_curves(pd.DataFrame(steps("second_order_ratio", [0.01, 0.01])), PARTS, 2)
     low, high = figure.axes[0].get_ylim()
