@@ -29,6 +29,7 @@ from analysis.core.directions import gaussian
 from analysis.core.example_losses import ExampleLosses, MeanLosses
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
+from analysis.core.ranks import shared
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
@@ -195,6 +196,9 @@ def random_sharpness(
         max_directions: with ``se``, how many at most, 8 or more; the result says whether it was reached.
         watch: called with (losses evaluated, losses in all; with ``se`` the most there can be).
 
+    Ranks of an initialised ``torch.distributed`` share the directions; every rank gets the whole result, which is that
+    of one process.
+
     Raises:
         UserError: a setting is out of bounds, or ``kind="filter"`` in a space without such parameters.
     """
@@ -213,30 +217,33 @@ def random_sharpness(
     stops = {most} if settings.se is None else set(checkpoints(settings.directions, most))
     losses = np.empty((len(settings.radii), most, len(signs)))
     norms = np.empty_like(losses)
-    total = losses.size + 1
+    progress = Progress(watch, losses.size + 1)
 
-    def report(done: int) -> None:
-        if watch is not None:
-            watch(done, total, "losses")
+    def unperturbed(_: None) -> tuple[float, ExampleLosses]:
+        examples = ExampleLosses()
+        return objective.evaluate(space, examples)["loss"], examples
 
-    before = ExampleLosses()
-    base_loss = objective.evaluate(space, before)["loss"]
+    def along(number: int) -> list[list[tuple[float, float, ExampleLosses]]]:
+        """Loss, realised ‖eps_W‖ and losses of examples at every radius and sign."""
+        direction = draw(space, settings.seed, number)
+        return [[at(direction, sign * radius) for sign in signs] for radius in settings.radii]
+
+    def at(direction: Vector, scale: float) -> tuple[float, float, ExampleLosses]:
+        examples = ExampleLosses()
+        with space.perturbed(direction, scale):
+            loss = objective.evaluate(space, examples)["loss"]
+        progress.step()
+        return loss, space.induced_norm(direction, scale), examples
+
+    ((base_loss, before),) = shared([None], unperturbed)
+    progress.reached(1)
     after = [MeanLosses() for _ in settings.radii]
-    report(1)
-    done = 1
-    used = 0
-    while used < most:
-        direction = draw(space, settings.seed, used)
-        for i, radius in enumerate(settings.radii):
-            for k, sign in enumerate(signs):
-                here = ExampleLosses()
-                with space.perturbed(direction, sign * radius):
-                    losses[i, used, k] = objective.evaluate(space, here)["loss"]
-                after[i].add(here)
-                norms[i, used, k] = space.induced_norm(direction, sign * radius)
-                done += 1
-                report(done)
-        used += 1
+    for used, found in enumerate(shared(range(most), along), start=1):
+        for i, of_radius in enumerate(found):
+            for k, (loss, length, examples) in enumerate(of_radius):
+                losses[i, used - 1, k], norms[i, used - 1, k] = loss, length
+                after[i].add(examples)
+        progress.reached(1 + used * len(settings.radii) * len(signs))
         if settings.se is not None and used in stops:
             rises = losses[:, :used].mean(axis=2) - base_loss
             if bool((within(rises, settings.se) | ~np.isfinite(rises).all(axis=1)).all()):
@@ -253,6 +260,26 @@ def random_sharpness(
         se=settings.se,
         example_errors=tuple(mean.rise_error(before) for mean in after),
     )
+
+
+class Progress:
+    """Tells ``watch`` of losses evaluated: this process's as they come, those of other ranks once they are known."""
+
+    def __init__(self, watch: Watch | None, total: int) -> None:
+        self._watch = watch
+        self._total = total
+        self._done = 0
+
+    def step(self) -> None:
+        """One loss more."""
+        self.reached(self._done + 1)
+
+    def reached(self, done: int) -> None:
+        """``done`` losses; fewer than were told of already are not told."""
+        if done > self._done:
+            self._done = done
+            if self._watch is not None:
+                self._watch(done, self._total, "losses")
 
 
 def _run(

@@ -20,13 +20,14 @@ from pydantic import Field
 from analysis.core.directions import gaussian
 from analysis.core.measure import Measure, Watch
 from analysis.core.objective import Objective
+from analysis.core.ranks import shared
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
 from analysis.core.vectors import Vector
 from analysis.settings import MeasureSettings, Radii
 from analysis.sharpness.quantisation import base_weights
-from analysis.sharpness.random import standard_errors
+from analysis.sharpness.random import Progress, standard_errors
 from bilora.errors import UserError
 
 Kind = Literal["base", "merged"]
@@ -106,6 +107,8 @@ def read_noise(
         seed: names the draws.
         watch: called with (losses evaluated, losses in all).
 
+    Ranks share the draws, as :func:`~analysis.sharpness.random.random_sharpness` does.
+
     Raises:
         UserError: a setting is out of bounds, or the parameters of the space are LoRA factors.
     """
@@ -115,27 +118,27 @@ def read_noise(
     bases = base_weights(space) if settings.kind == "base" else None
     shape = (len(settings.sigmas), settings.directions)
     losses, norms = np.empty(shape), np.empty(shape)
-    total = losses.size + 1
+    progress = Progress(watch, losses.size + 1)
 
-    def report(done: int) -> None:
-        if watch is not None:
-            watch(done, total, "losses")
-
-    exact = objective.evaluate(space)
-    scores = {name: np.empty(shape) for name in exact if name != "loss"}
-    report(1)
-    done = 1
-    for j in range(settings.directions):
-        direction = _noise(space, bases, settings.seed, j)
-        for i, sigma in enumerate(settings.sigmas):
+    def along(number: int) -> list[tuple[dict[str, float], float]]:
+        """Metrics and realised ‖eps_W‖ at every sigma."""
+        direction, found = _noise(space, bases, settings.seed, number), []
+        for sigma in settings.sigmas:
             with space.perturbed(direction, sigma):
                 metrics = objective.evaluate(space)
-            losses[i, j] = metrics["loss"]
+            found.append((metrics, space.induced_norm(direction, sigma)))
+            progress.step()
+        return found
+
+    (exact,) = shared([space], objective.evaluate)
+    progress.reached(1)
+    scores = {name: np.empty(shape) for name in exact if name != "loss"}
+    for j, found in enumerate(shared(range(settings.directions), along)):
+        for i, (metrics, length) in enumerate(found):
+            losses[i, j], norms[i, j] = metrics["loss"], length
             for name, values in scores.items():
                 values[i, j] = metrics[name]
-            norms[i, j] = space.induced_norm(direction, sigma)
-            done += 1
-            report(done)
+        progress.reached(1 + (j + 1) * len(settings.sigmas))
     return ReadNoise(
         space=space.name,
         split=objective.name,

@@ -67,12 +67,12 @@ def measure_subjects(
     names = named([subject.folder for subject in subjects])
     if len(subjects) == 1:
         return measure_subject(subjects[0], task, entries, unfinished, watch, seed=names[0][1])
-    entries = with_common_extents(subjects, task, entries)
+    own = with_common_extents(subjects, [seed for _, seed in names], task, entries)
     frames = []
-    for (method, seed), subject in zip(names, subjects, strict=True):
+    for (method, seed), subject, asked in zip(names, subjects, own, strict=True):
         name = f"{method}, seed {seed}"
         seen = _under(name, watch) if watch is not None else None
-        frame = measure_subject(subject, task, entries, unfinished.of(name), seen, seed=seed)
+        frame = measure_subject(subject, task, asked, unfinished.of(name), seen, seed=seed)
         frame.insert(0, "method", method)
         frame.insert(1, "seed", seed)
         frames.append(frame)

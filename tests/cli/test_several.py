@@ -10,6 +10,7 @@ from scipy import stats
 from analysis import Objective, WeightSpace, random_sharpness
 from analysis.core import load_trained
 from bilora.cli.app import main
+from bilora.cli.measuring_bar import MeasuringBar
 from bilora.tasks import TaskSpec, load_model, load_task, load_tokenizer
 from tests.cli.small import DATA, save_adapter, save_model
 
@@ -71,22 +72,72 @@ def test_one_of_several_seeds_is_measured_as_among_them(folders):
     assert json.loads(Path("alone.json").read_text())["determinants"]["measures"][0]["settings"]["seed"] == 1
 
 
-def test_surfaces_of_several_adapters_share_the_window_of_the_widest(folders, here):
-    """Each alone reaches the rise in a window of its own; together they take the larger, also when resumed."""
-    surface = ["--what", "surface", "--space", "full", "--set", "target_rise=0.02", "--set", "points=5"]
-    surface += ["--set", "error=null", *DATA]
+SURFACE = ["--what", "surface", "--set", "target_rise=0.02", "--set", "points=5", "--set", "error=null", *DATA]
 
-    def extent(names, output):
-        subjects = [str(folders / name) for name in names]
-        assert main(["measure", *subjects, *surface, "-o", output]) == 0
-        rows = pd.read_parquet(output)
-        losses = rows[rows["quantity"] == "loss"]
-        return losses.groupby(losses.get("method", "one"))["radius"].max().to_dict() if "method" in rows else losses
 
-    alone = {name: extent([name], f"{name}.parquet")["radius"].max() for name in ("lora0", "other")}
+def surfaces(folders, names, *more, output="surfaces.parquet"):
+    """The losses of a measurement of surfaces, each adapter's with its extent."""
+    assert main(["measure", *(str(folders / name) for name in names), *SURFACE, *more, "-o", output]) == 0
+    rows = pd.read_parquet(output)
+    return rows[rows["quantity"] == "loss"].reset_index(drop=True)
+
+
+def test_surfaces_of_several_adapters_share_the_window_of_the_widest(folders):
+    """Each alone reaches the rise in a window of its own; together they take the larger."""
+    alone = {
+        name: surfaces(folders, [name], "--space", "full", output=f"{name}.parquet")["radius"].max()
+        for name in ("lora0", "other")
+    }
     assert alone["lora0"] != alone["other"]
-    together = extent(["lora0", "other"], "both.parquet")
-    assert set(together.values()) == {max(alone.values())}
+    together = surfaces(folders, ["lora0", "other"], "--space", "full")
+    assert set(together.groupby("method")["radius"].max()) == {max(alone.values())}
+
+
+def test_the_common_window_is_that_of_the_planes_measured(folders):
+    """Planes of training seed 1, on which the rise is reached elsewhere than on those of seed 0."""
+    first, second = (
+        surfaces(folders, [name], "--space", "lora", output=f"{name}.parquet") for name in ("lora0", "lora1")
+    )
+    together = surfaces(folders, ["lora1", "bilora1"], "--space", "lora")
+    assert first["radius"].max() != second["radius"].max()
+    assert set(together.groupby("method")["radius"].max()) == {second["radius"].max()}
+
+
+def test_a_model_without_lora_space_shares_the_window_in_full_space(folders, here):
+    base = load_model(str(folders / "model"), "classification", 2)
+    load_trained(folders / "other", base).model.merge_and_unload().save_pretrained(here / "whole")
+    load_tokenizer(str(folders / "model")).save_pretrained(here / "whole")
+    found = surfaces(folders, ["lora0", here / "whole"])
+    spaces = {method: set(rows["space"]) for method, rows in found.groupby("method")}
+    assert spaces == {"lora": {"full", "lora"}, "whole": {"full"}}
+    assert found[found["space"] == "full"].groupby("method")["radius"].max().nunique() == 1
+
+
+@pytest.mark.slow
+def test_the_common_window_is_the_same_with_workers_and_when_resumed(folders, here, monkeypatch):
+    names = ["other", "lora0"]
+    once = surfaces(folders, names)
+    by_workers = surfaces(folders, names, "--set", "workers=2", output="workers.parquet")
+    pd.testing.assert_frame_equal(by_workers, once)
+
+    kept = []
+
+    def stop(self, name):
+        def tell(done, most, note):
+            kept.append(name)
+            if name.startswith("lora, seed 0") and done > 5:
+                raise KeyboardInterrupt
+
+        return tell
+
+    subjects = [str(folders / name) for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr(MeasuringBar, "watch", stop)
+        assert main(["measure", *subjects, *SURFACE, "-o", "stopped.parquet"]) == 130
+    assert kept[0].startswith("bilora, seed 0")
+    assert list(here.glob("stopped*.points.jsonl"))
+    pd.testing.assert_frame_equal(surfaces(folders, names, output="stopped.parquet"), once)
+    assert not list(here.glob("*.jsonl"))
 
 
 def test_adapters_called_by_their_folders_keep_their_seeds(folders):

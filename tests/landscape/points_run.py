@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from analysis.core import Objective, WeightSpace
 from analysis.landscape import surface as surface_module
+from analysis.landscape.lines import loss_lines
 from analysis.landscape.random_plane import random_plane
 from analysis.landscape.store import PointStore
 from analysis.landscape.surface import loss_surface
+from analysis.sharpness.random import random_sharpness
+from analysis.sharpness.read_noise import read_noise
 from tests.oracles import tiny
 
 SETTINGS = {"points": 7, "extent": 0.5, "error": None}
@@ -38,6 +42,24 @@ def besides(objective, space, plane, name, **more):
         return loss_surface(objective, space, plane, **ALSO[name], **more)
 
 
+def along_directions(objective, space):
+    """What else is shared between ranks: arrays that must be those of one process, by name."""
+    lines = loss_lines(objective, space, points=5, directions=3, target_rise=0.05)
+    fixed = random_sharpness(objective, space, [0.2, 0.4], directions=5)
+    chosen = random_sharpness(objective, space, [0.4], se=0.2, max_directions=40, antithetic=True)
+    noise = read_noise(objective, space, [0.1, 0.3], directions=3)
+    return {
+        "lines": lines.losses,
+        "coordinates": lines.coordinates,
+        "random": fixed.rises,
+        "norms": fixed.induced_norms,
+        "examples": np.array(fixed.example_errors),
+        "chosen": chosen.rises,
+        "read noise": noise.rises,
+        "accuracy": noise.scores["accuracy"],
+    }
+
+
 def ranks(folder):
     import torch.distributed as dist
 
@@ -57,6 +79,9 @@ def ranks(folder):
     outcome = {"losses": surface.losses.tolist(), "passes": len(passes), "stored": store.path.exists(), "known": known}
     for name in ALSO:
         outcome[name] = besides(objective, space, plane, name).losses.tolist()
+    before = len(passes)
+    outcome["along"] = {name: found.tolist() for name, found in along_directions(objective, space).items()}
+    outcome["passes along"] = len(passes) - before
     (folder / f"ranks-{dist.get_world_size()}-{rank}.json").write_text(json.dumps(outcome))
     dist.destroy_process_group()
 

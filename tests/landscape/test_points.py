@@ -15,7 +15,7 @@ from analysis.landscape import points as points_module
 from analysis.landscape.points import SHARED, Points
 from analysis.landscape.store import PointStore
 from analysis.landscape.surface import InPlane, loss_surface
-from tests.landscape.points_run import ALSO, SETTINGS, besides, problem
+from tests.landscape.points_run import ALSO, SETTINGS, along_directions, besides, problem
 from tests.sharpness.cases import flat
 
 ROOT = Path(__file__).parents[2]
@@ -48,9 +48,19 @@ def others():
     return {name: besides(objective, space, plane, name) for name in ALSO}
 
 
+@pytest.fixture(scope="module")
+def along():
+    """Along lines and random directions by one process, and the forward passes that took."""
+    objective, space, _ = problem()
+    objective.loss(space)  # finds out what the head reads
+    passes = []
+    space.model.register_forward_hook(lambda *_: passes.append(1))
+    return along_directions(objective, space), len(passes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_ranks_share_the_points_and_find_the_same_bits(alone, others, tmp_path, count):
+def test_ranks_share_the_points_and_find_the_same_bits(alone, others, along, tmp_path, count):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = subprocess.run(
         [*launch, "-m", "tests.landscape.points_run", "ranks", str(tmp_path)],
@@ -67,10 +77,15 @@ def test_ranks_share_the_points_and_find_the_same_bits(alone, others, tmp_path, 
         assert outcome["losses"] == alone.losses.tolist()
         for name, surface in others.items():
             assert outcome[name] == surface.losses.tolist()
+        assert outcome["along"] == {name: values.tolist() for name, values in along[0].items()}
     batches, points = 4, 49
     compared = 2  # runs that find out what the head reads, on each rank
     assert sum(outcome["passes"] for outcome in found) == batches * points + count * compared
     assert np.ptp([outcome["passes"] for outcome in found]) <= batches
+    by_rank = [outcome["passes along"] for outcome in found]
+    beyond = 2 * batches * (count - 1)  # antithetic losses of a last round that one process would not have begun
+    assert along[1] <= sum(by_rank) <= along[1] + beyond
+    assert max(by_rank) < 0.75 * along[1]
     assert [outcome["stored"] for outcome in found] == [True] + [False] * (count - 1)
     # Long before the end the first rank holds what others found: a kill loses no more than a few points.
     known = np.array(found[0]["known"])
