@@ -1,4 +1,4 @@
-"""Write docs/claims.csv, the numbers of docs/claims.md, from the finished study of the paper's claims.
+"""Write docs/claims.csv, the numbers of docs/claims.md, and its figures, from the finished study of the paper's claims.
 
 bilora compare studies/claims.yaml
 python docs/claims.py runs/claims/results.parquet
@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
+from analysis.plots import efficiency_bars, step_curves
+from analysis.plots.dynamics import CONVERGENCE, OUTSIDE
 from analysis.statistics import paired_differences, summarize
 
 TARGET = Path(__file__).with_name("claims.csv")
@@ -35,7 +38,16 @@ LINES: tuple[tuple[str, dict[str, object]], ...] = (
     ),
     *(
         (f"outside share of {name}", {"measure": "subspace", "quantity": "outside_share", "kind": kind})
-        for kind, name in (("lora_sam", "LoRA-SAM's step"), ("auxiliary", "the auxiliary"), ("gradient_rank_r", "G_r"))
+        for kind, name in (
+            ("lora_sam", "LoRA-SAM's step"),
+            ("auxiliary", "the auxiliary"),
+            ("gradient_rank_r", "G_r"),
+            ("gradient", "G"),
+        )
+    ),
+    *(
+        (f"cosine of {name} with G", {"measure": "subspace", "quantity": "alignment", "kind": kind})
+        for kind, name in (("lora_sam", "LoRA-SAM's step"), ("auxiliary", "the auxiliary"))
     ),
     *(
         (f"overlap of primary and auxiliary, {side}s", {"measure": "subspace", "quantity": "overlap", "kind": side})
@@ -112,6 +124,15 @@ def table(rows: pd.DataFrame, words: str, baseline: str) -> pd.DataFrame:
     ]
 
 
+def figures(frame: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    """Name and figure; methods that a figure would crowd are left out of it."""
+    ablations = {"Bi-LoRA, not clipped", "Bi-LoRA, clipped by layer"}
+    yield "outside_share_steps", step_curves(frame[~frame["method"].isin(ablations)], OUTSIDE, 2)
+    paired = frame[frame["method"].isin(["LoRA", "LoRA-SAM", "Bi-LoRA", "Dual-LoRA"])]
+    yield "convergence", step_curves(paired, CONVERGENCE[:3], 3)
+    yield "efficiency", efficiency_bars(paired[paired["method"] != "Dual-LoRA"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.parquet of the study")
@@ -122,6 +143,8 @@ def main() -> None:
     temporary = TARGET.with_suffix(".tmp")
     whole.to_csv(temporary, index=False, float_format="%.5g", lineterminator="\n")
     temporary.replace(TARGET)
+    for name, figure in figures(frame):
+        figure.savefig(TARGET.with_name(f"claims_{name}.png"), dpi=150)
 
 
 if __name__ == "__main__":

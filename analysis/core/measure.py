@@ -58,6 +58,9 @@ class Measure:
     keeps_points: bool = False
     """Whether ``run`` takes a last argument ``store``, a :class:`analysis.landscape.store.PointStore`."""
 
+    needs_adapter: bool = False
+    """Whether there is nothing to measure on a model without adapter, whatever the space."""
+
     @property
     def offered(self) -> tuple[str, ...]:
         """The spaces it can be asked for, defaults first.

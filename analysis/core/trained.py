@@ -17,7 +17,6 @@ from analysis.core.factors import Factors
 from bilora.errors import UserError
 from bilora.tasks import base_fingerprint
 from bilora.training.record import RECORD_FILE
-from bilora.training.recording import Recording, is_recorded, read_recording
 from bilora.training.saved import SavedMethod, load_method
 
 CONFIG_FILE = "adapter_config.json"
@@ -37,8 +36,8 @@ class Trained:
     """Registry name of the training method; None for an adapter this project did not train."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The method's settings."""
-    recording: Recording | None = None
-    """What was recorded while it trained."""
+    folder: Path | None = None
+    """Where it was loaded from."""
 
 
 def load_trained(folder: Path, model: PreTrainedModel) -> Trained:
@@ -62,18 +61,16 @@ def load_trained(folder: Path, model: PreTrainedModel) -> Trained:
         raise UserError(f"{folder / CONFIG_FILE} is damaged ({error}): save the adapter again") from error
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UserError("the base model carries an adapter already: load the adapter onto a fresh base model")
-    _check_shapes(folder, model)
-    _check_fingerprint(folder, model)
+    check_base(folder, model)
     saved = load_method(folder)
-    recording = read_recording(folder) if is_recorded(folder) else None
     try:
         adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise UserError(f"PEFT cannot load the adapter of {folder} onto this base model: {reason}") from error
     if saved is None:
-        return Trained(adapted, recording=recording)
-    return Trained(adapted, auxiliary_factors(saved) or None, saved.name, saved.settings, recording)
+        return Trained(adapted, folder=folder)
+    return Trained(adapted, auxiliary_factors(saved) or None, saved.name, saved.settings, folder)
 
 
 def auxiliary_factors(saved: SavedMethod) -> dict[str, Factors]:
@@ -84,6 +81,16 @@ def auxiliary_factors(saved: SavedMethod) -> dict[str, Factors]:
         for layer, scale in scales.items()
         if f"auxiliary.{layer}.A" in saved.tensors
     }
+
+
+def check_base(folder: Path, model: PreTrainedModel) -> None:
+    """Whether the adapter of ``folder`` was trained on this base, by its shapes and by its record if it has one.
+
+    Raises:
+        UserError: it was not.
+    """
+    _check_shapes(folder, model)
+    _check_fingerprint(folder, model)
 
 
 def _check_shapes(folder: Path, model: nn.Module) -> None:

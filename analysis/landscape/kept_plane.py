@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from analysis.core.ranks import from_first_rank, rank
 from analysis.core.space import WeightSpace
 from analysis.landscape.plane import Plane
-from analysis.landscape.points import from_first_rank, rank
 from analysis.landscape.store import PointStore
 
 

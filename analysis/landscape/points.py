@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 
 from analysis.core.half import HalfSpace
 from analysis.core.measure import Watch
 from analysis.core.objective import Objective
 from analysis.core.processes import interrupts_held, one_thread_each, start_worker
+from analysis.core.ranks import from_all_ranks, from_first_rank, rank, ranks
 from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector
 from analysis.landscape.store import Key, PointStore
 
-Value = TypeVar("Value")
 Precision = Literal["full", "bfloat16"]
 FORMAT = 2
 """Raised where what is stored of a point, or how it is computed, changes: older points are then not used."""
@@ -131,9 +130,9 @@ class Points:
                 self._known[precision, key] = metrics
         todo = [key for key in asked if (precision, key) not in self._known]
         self._report()
-        share = SHARED * self._workers * _ranks() if _ranks() > 1 else max(len(todo), 1)
+        share = SHARED * self._workers * ranks() if ranks() > 1 else max(len(todo), 1)
         for start in range(0, len(todo), share):
-            mine = todo[start : start + share][rank() :: _ranks()]
+            mine = todo[start : start + share][rank() :: ranks()]
             several = self._workers > 1 and len(mine) > 1
             found = self._in_pool(mine, precision) if several else self._here(mine, precision)
             for key, metrics in _gathered(found).items():
@@ -231,28 +230,5 @@ def _in_worker(key: Key, precision: Precision) -> dict[str, float]:
     return _worker(key, precision)
 
 
-def rank() -> int:
-    """This process's among those of an initialised ``torch.distributed``; 0 where there is none."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def from_first_rank(values: Value) -> Value:
-    """Rank 0's values on every rank: what ranks compute alike may still differ in the last bit."""
-    if _ranks() == 1:
-        return values
-    box: list[Any] = [values]
-    dist.broadcast_object_list(box, src=0)
-    received: Value = box[0]
-    return received
-
-
 def _gathered(found: dict[Key, dict[str, float]]) -> dict[Key, dict[str, float]]:
-    if _ranks() == 1:
-        return found
-    parts: list[Any] = [None] * _ranks()
-    dist.all_gather_object(parts, found)
-    return {key: metrics for part in parts for key, metrics in part.items()}
+    return {key: metrics for part in from_all_ranks(found) for key, metrics in part.items()}

@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 
 from analysis.core.space import FACTORED
 from analysis.plots.style import COLUMN, PAGE, RC, SPACE_TITLES, MethodStyle
+from analysis.statistics import KEYS, per_seed, summarize
 from bilora.errors import UserError
 
 Drawn = ParamSpec("Drawn")
@@ -96,6 +97,30 @@ def draw_bar(axes: Axes, x: float, bar: pd.Series, values: pd.Series, look: Meth
     axes.plot([x, x], [bar["low"], bar["high"]], color="0.25", linewidth=0.8)
     (dots,) = axes.plot([x] * len(values), values, linestyle="none", marker=look.marker, markersize=2.8)
     dots.set(color=look.colour, markeredgecolor="white", markeredgewidth=0.3, zorder=3)
+
+
+def seeds_and_means(rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """One row per method, quantity and seed, with ``mean``, ``low``, ``high`` and ``n_seeds`` over seeds beside it."""
+    keys = ["method", *KEYS]
+    means = summarize(rows, confidence)[[*keys, "mean", "low", "high", "n_seeds"]]
+    return per_seed(rows).drop(columns=["residual", "n_directions"]).merge(means, on=keys)
+
+
+def draw_kinds(axes: Axes, table: pd.DataFrame, kinds: Mapping[str, str], styles: Mapping[str, MethodStyle]) -> None:
+    """A group of bars, one a method, for each of ``kinds`` (→ its name), of a table of :func:`seeds_and_means`."""
+    present = [method for method in styles if method in set(table["method"])]
+    width = 0.8 / len(present)
+    for at, kind in enumerate(kinds):
+        group = table[table["kind"] == kind]
+        # What only one method has stands in the middle of its place.
+        here = [method for method in present if method in set(group["method"])]
+        for position, method in enumerate(here):
+            seeds = group[group["method"] == method]
+            x = at + (position - (len(here) - 1) / 2) * width
+            draw_bar(axes, x, seeds.iloc[0], seeds["value"], styles[method], width)
+    axes.set_xticks(range(len(kinds)), list(kinds.values()))
+    axes.tick_params(axis="x", length=0)
+    axes.grid(visible=False, axis="x")
 
 
 def line_handles(styles: Mapping[str, MethodStyle], drawn: Iterable[str], *, markers: bool) -> list[Line2D]:
@@ -177,14 +202,20 @@ def subset_words(frame: pd.DataFrame, measure: str) -> str:
         name: rows.loc[rows["quantity"] == name, "value"].dropna()
         for name in ("examples", "examples_available", "subset_error")
     }
-    used, available, errors = found.values()
-    if used.empty or available.empty:
+    used, available, errors = (values.tolist() for values in found.values())
+    sentence = subset_sentence("the loss rise is", used, available, errors)
+    return f" {sentence}" if sentence else ""
+
+
+def subset_sentence(what: str, used: Sequence[float], available: Sequence[float], errors: Sequence[float]) -> str:
+    """How many examples were used of how many, and by how much ``what`` may be off for that; empty if not known."""
+    if not used or not available:
         return ""
-    counted = f"{used.min():g}" if used.min() == used.max() else f"{used.min():g}–{used.max():g}"
-    words = f" On {counted} of {available.max():g} examples"
+    counted = f"{min(used):g}" if min(used) == max(used) else f"{min(used):g}–{max(used):g}"
+    words = f"On {counted} of {max(available):g} examples"
     return (
-        f"{words}: beside all of them the loss rise is off by up to {errors.max():.2g} (standard error)."
-        if len(errors)
+        f"{words}: beside all of them {what} off by up to {max(errors):.2g} (standard error)."
+        if errors
         else f"{words}."
     )
 

@@ -5,11 +5,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.plots import canvas
-from analysis.plots.overlap import PERTURBATIONS
+from analysis.plots.overlap import kinds_in_order
 from analysis.plots.style import PAGE, styles_for
-from analysis.statistics import KEYS, per_seed, summarize
-
-ISOTROPIC = {"isotropic": "isotropic\nnoise"}
 
 
 def efficiency_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
@@ -19,9 +16,7 @@ def efficiency_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
         NothingToDraw: no efficiency was measured.
     """
     rows = canvas.chosen(frame, "efficiency", "efficiency")
-    keys = ["method", *KEYS]
-    means = summarize(rows, confidence)[[*keys, "mean", "low", "high", "n_seeds"]]
-    table = per_seed(rows).drop(columns=["residual", "chance", "n_directions"]).merge(means, on=keys)
+    table = canvas.seeds_and_means(rows, confidence).drop(columns="chance")
     return table.sort_values(["split", "radius", "kind", "method", "seed"], ignore_index=True)
 
 
@@ -35,37 +30,23 @@ def efficiency_bars(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
     styles = styles_for(frame["method"])
     table = efficiency_table(frame, confidence)
     panels = canvas.variants(table, ["split", "radius"])
-    names = {**PERTURBATIONS, **ISOTROPIC}
-    kinds = [kind for kind in names if kind in set(table["kind"])]
-    present = [method for method in styles if method in set(table["method"])]
-    width = 0.8 / len(present)
+    kinds = kinds_in_order(table)
     figure, grid = canvas.panels(len(panels), 1, PAGE, 0.85 + 1.9 * len(panels), sharey="all")
-    lost = 0
     for (split, radius), (axes,) in zip(panels, grid, strict=True):
         here = table[(table["split"] == split) & (table["radius"] == radius)]
-        for at, kind in enumerate(kinds):
-            group = here[here["kind"] == kind]
-            # A perturbation that only one method has stands in the middle of its place.
-            methods = [method for method in present if method in set(group["method"])]
-            for position, method in enumerate(methods):
-                seeds = group[group["method"] == method]
-                x = at + (position - (len(methods) - 1) / 2) * width
-                canvas.draw_bar(axes, x, seeds.iloc[0], seeds["value"], styles[method], width)
-                lost += int(seeds["n_non_finite"].sum())
+        canvas.draw_kinds(axes, here, kinds, styles)
         axes.axhline(1, color="black", linewidth=1, linestyle="--")
         axes.axhline(0, color="0.3", linewidth=0.7)
-        axes.set_xticks(range(len(kinds)), [names[kind] for kind in kinds])
-        axes.tick_params(axis="x", length=0)
-        axes.grid(visible=False, axis="x")
         low, high = canvas.spread_limits(here)
         axes.set_ylim(min(low, -0.05), max(high, 1.08))
         axes.set_ylabel(f"share of the best rise\nat {canvas.EPS_W} = {radius:g}" + (f" ({split})" if split else ""))
     best = Line2D([], [], color="black", linestyle="--", linewidth=1, label="best found")
-    canvas.legend(figure, [*canvas.bar_handles(styles, present), best], PAGE)
+    canvas.legend(figure, [*canvas.bar_handles(styles, table["method"]), best], PAGE)
     words = (
         "Loss rise of perturbations of equal length in full space, over the best found by multi-step ascent, a lower "
         "bound of the maximum. Isotropic noise is the level of chance. Dots: training seeds. "
     )
     words += canvas.interval_words(table, "whiskers", confidence) + canvas.subset_words(frame, "efficiency")
+    lost = int(table["n_non_finite"].sum())
     canvas.caption(figure, words + (f" {lost} values undefined." if lost else ""), PAGE)
     return figure

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from analysis.plots import canvas
 from analysis.plots.style import PAGE, styles_for
-from analysis.statistics import KEYS, per_seed, summarize
+from analysis.statistics import summarize
 
 SIDES = {"column": "columns: Col(B₁) with Col(B₂)", "row": "rows: Row(A₁) with Row(A₂)"}
 PERTURBATIONS = {
@@ -20,6 +20,7 @@ PERTURBATIONS = {
     "gradient_rank_r": "gradient,\nrank r",
     "gradient": "gradient\n(SAM in W)",
     "filter_noise": "filter noise\n(Flat-LoRA)",
+    "isotropic": "isotropic\nnoise",
 }
 
 _BLOCK = re.compile(r"^(?P<stem>.*?)\.(?P<block>\d+)\.(?P<module>.+)$")
@@ -96,6 +97,13 @@ def overlap_heatmap(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def kinds_in_order(table: pd.DataFrame) -> dict[str, str]:
+    """The kinds of perturbation in ``table`` → their names on an axis, those of :data:`PERTURBATIONS` first."""
+    here = set(table["kind"])
+    order = [*(kind for kind in PERTURBATIONS if kind in here), *sorted(here - set(PERTURBATIONS))]
+    return {kind: PERTURBATIONS.get(kind, kind) for kind in order}
+
+
 def outside_share_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """What :func:`outside_share_bars` draws: one row per method, perturbation and seed, with the mean over seeds.
 
@@ -103,10 +111,7 @@ def outside_share_table(frame: pd.DataFrame, confidence: float = 0.95) -> pd.Dat
         NothingToDraw: no outside share was measured.
     """
     rows = canvas.chosen(frame, "subspace", "outside_share")
-    rows = rows[rows["layer"] == ""]
-    keys = ["method", *KEYS]
-    means = summarize(rows, confidence)[[*keys, "mean", "low", "high", "n_seeds"]]
-    table = per_seed(rows).drop(columns=["residual", "n_directions"]).merge(means, on=keys)
+    table = canvas.seeds_and_means(rows[rows["layer"] == ""], confidence)
     return table.sort_values(["split", "kind", "method", "seed"], ignore_index=True)
 
 
@@ -120,30 +125,19 @@ def outside_share_bars(frame: pd.DataFrame, confidence: float = 0.95) -> Figure:
     styles = styles_for(frame["method"])
     table = outside_share_table(frame, confidence)
     splits = canvas.variants(table, ["split"])
-    order = [*PERTURBATIONS, *sorted(set(table["kind"]) - set(PERTURBATIONS))]
-    kinds = [kind for kind in order if kind in set(table["kind"])]
-    present = [method for method in styles if method in set(table["method"])]
-    width = 0.8 / len(present)
+    kinds = kinds_in_order(table)
     figure, grid = canvas.panels(len(splits), 1, PAGE, 0.75 + 1.9 * len(splits))
-    lost = 0
     for (split,), (axes,) in zip(splits, grid, strict=True):
+        here = table[table["split"] == split]
+        canvas.draw_kinds(axes, here, kinds, styles)
         for at, kind in enumerate(kinds):
-            group = table[(table["split"] == split) & (table["kind"] == kind)]
-            # A perturbation that only one method has stands in the middle of its place.
-            here = [method for method in present if method in set(group["method"])]
-            for position, method in enumerate(here):
-                look, seeds = styles[method], group[group["method"] == method]
-                x = at + (position - (len(here) - 1) / 2) * width
-                canvas.draw_bar(axes, x, seeds.iloc[0], seeds["value"], look, width)
-                lost += int(seeds["n_non_finite"].sum())
-            axes.hlines(group["chance"].mean(), at - 0.45, at + 0.45, color="black", linewidth=1, linestyle="--")
-        axes.set_xticks(range(len(kinds)), [PERTURBATIONS.get(kind, kind) for kind in kinds])
-        axes.tick_params(axis="x", length=0)
-        axes.grid(visible=False, axis="x")
+            chance = here.loc[here["kind"] == kind, "chance"].mean()
+            axes.hlines(chance, at - 0.45, at + 0.45, color="black", linewidth=1, linestyle="--")
         axes.set_ylim(0, 1.04)
         axes.set_ylabel("share outside\nLoRA-SAM's reach" + (f" ({split})" if split else ""))
-    chance = Line2D([], [], color="black", linestyle="--", linewidth=1, label="random perturbation")
-    canvas.legend(figure, [*canvas.bar_handles(styles, present), chance], PAGE)
+    random = Line2D([], [], color="black", linestyle="--", linewidth=1, label="random perturbation")
+    canvas.legend(figure, [*canvas.bar_handles(styles, table["method"]), random], PAGE)
+    lost = int(table["n_non_finite"].sum())
     words = "Dots: training seeds. " + canvas.interval_words(table, "whiskers", confidence)
     canvas.caption(figure, words + (f" {lost} values undefined (zero perturbation)." if lost else ""), PAGE)
     return figure

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from analysis.plots.canvas import subset_sentence
 from analysis.plots.surface_data import Surface, scale_for
 
 
@@ -62,15 +63,10 @@ def _evaluated(every: Sequence[Surface]) -> str:
 
 
 def _subset(every: Sequence[Surface]) -> Iterable[str]:
-    used, available = _known(every, "examples"), _known(every, "examples_available")
-    if used and available:
-        words = f"On {_range(used, '{:g}')} of {max(available):g} examples"
-        errors = _known(every, "subset_error")
-        yield (
-            f"{words}: beside all of them a corner is off by up to {max(errors):.2g} (standard error)."
-            if errors
-            else (f"{words}.")
-        )
+    used, available, errors = (_known(every, name) for name in ("examples", "examples_available", "subset_error"))
+    sentence = subset_sentence("a corner is", used, available, errors)
+    if sentence:
+        yield sentence
 
 
 def _windows(groups: Sequence[Sequence[Surface]], beyond: str) -> Iterable[str]:

@@ -246,6 +246,15 @@ def _shifted(report: Report | None, done: int) -> Report | None:
     return None if report is None else lambda step: report(done + step)
 
 
+def late_gain(rises: npt.NDArray[np.float64]) -> float:
+    """Share of the last of ``rises`` (steps+1,) that the last quarter of the steps added; NaN if it is not finite."""
+    quarter = math.ceil((len(rises) - 1) / 4)
+    last, before = float(rises[-1]), float(rises[-1 - quarter])
+    if not math.isfinite(last):
+        return math.nan
+    return (last - before) / last if last else 0.0
+
+
 def _at_least(known: Point, ascent: Ascent) -> Ascent:
     """``ascent`` if it went beyond ``known``, which lies in every ball; its curve starts there in any case."""
     curve = np.array([known.loss if exceeds(known.loss, loss) else loss for loss in ascent.curve.tolist()])

@@ -7,7 +7,6 @@ The maximum is not computable: what is reported is a lower bound, the larger of 
 adaptive sharpness of Kwon et al. (2021) and Andriushchenko et al. (2023).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
 from analysis.settings import MeasureSettings, Radii
-from analysis.sharpness.ascent import Ball, centre, worst
+from analysis.sharpness.ascent import Ball, centre, late_gain, worst
 from analysis.sharpness.scaling import ScalingKind, scaling_of
 
 
@@ -60,11 +59,7 @@ class WorstCasePoint:
 
         Near 0 the search had settled; well above it more steps would raise the bound.
         """
-        quarter = math.ceil((len(self.curve) - 1) / 4)
-        last, before = float(self.curve[-1]), float(self.curve[-1 - quarter])
-        if not math.isfinite(last):
-            return math.nan
-        return (last - before) / last if last else 0.0
+        return late_gain(self.curve)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from analysis.core.adapter_files import read_factors
 from analysis.core.factors import Factors
-from analysis.core.trained import CONFIG_FILE, auxiliary_factors
+from analysis.core.trained import CONFIG_FILE, auxiliary_factors, check_base
 from analysis.frame import rows_frame
+from analysis.study.files import read_json
 from analysis.study.several import named
 from analysis.subspace.compare import compare_adapters
 from analysis.subspace.dynamics import run_dynamics
@@ -21,6 +22,7 @@ from analysis.subspace.update import inspect_updates
 from bilora.errors import UserError
 from bilora.tasks import TaskKind, load_model
 from bilora.tasks.models import resolve_model
+from bilora.training.record import RECORD_FILE
 from bilora.training.recording import is_recorded, read_recording
 from bilora.training.saved import load_method
 
@@ -41,7 +43,7 @@ def inspect_folders(folders: Sequence[Path], base: str | None = None) -> tuple[p
     frames: list[pd.DataFrame] = []
     adapters: dict[tuple[str, int], Mapping[str, Factors]] = {}
     notes: list[str] = []
-    weights: dict[str, Tensor] = {}
+    bases = _Bases(base)
     for folder, (method, seed) in zip(folders, named(folders), strict=True):
         rows: list[dict[str, Any]] = []
         saved = (folder / CONFIG_FILE).is_file()
@@ -50,9 +52,7 @@ def inspect_folders(folders: Sequence[Path], base: str | None = None) -> tuple[p
         if saved:
             factors = read_factors(folder)
             adapters[method, seed] = factors
-            if not weights:
-                weights = _base_weights(folder, base, notes)
-            rows += inspect_updates(factors, weights or None).rows()
+            rows += inspect_updates(factors, bases.weights(folder)).rows()
             state = load_method(folder)
             auxiliary = auxiliary_factors(state) if state is not None else {}
             if auxiliary:
@@ -60,7 +60,9 @@ def inspect_folders(folders: Sequence[Path], base: str | None = None) -> tuple[p
         if is_recorded(folder):
             rows += run_dynamics(read_recording(folder)).rows()
         frames.append(_of(rows, method, seed))
+    _check_one_base(folders)
     frames += _comparisons(adapters)
+    notes += bases.missing
     if not any(is_recorded(folder) for folder in folders):
         notes.append("no run was recorded: train with --record N for what happens over steps")
     return pd.concat(frames, ignore_index=True), list(dict.fromkeys(notes))
@@ -85,23 +87,55 @@ def _comparisons(adapters: Mapping[tuple[str, int], Mapping[str, Factors]]) -> l
     return frames
 
 
-def _base_weights(folder: Path, base: str | None, notes: list[str]) -> dict[str, Tensor]:
-    """Layer → W0; empty, with a note, where the base model is not on this machine."""
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    name = base or config.get("base_model_name_or_path") or ""
-    try:
-        if base is None and not resolve_model(name).local:
-            raise UserError(f"{name or 'the base model'} is not on this machine")
+def _check_one_base(folders: Sequence[Path]) -> None:
+    """Whether the adapters that have a record were trained on one base model."""
+    recorded = {folder: read_json(folder / RECORD_FILE).get("base_fingerprint") for folder in folders}
+    known = [(folder, fingerprint) for folder, fingerprint in recorded.items() if fingerprint is not None]
+    for folder, fingerprint in known[1:]:
+        if fingerprint != known[0][1]:
+            raise UserError(f"{known[0][0]} and {folder} were trained on different base models: inspect them apart")
+
+
+class _Bases:
+    """Base models, each loaded once.
+
+    Args:
+        given: the one for all adapters; None takes what each names, if it is on this machine.
+
+    Attributes:
+        missing: what could not be had, in words.
+    """
+
+    def __init__(self, given: str | None) -> None:
+        self._given = given
+        self._models: dict[tuple[str, TaskKind], Any] = {}
+        self.missing: list[str] = []
+
+    def weights(self, folder: Path) -> dict[str, Tensor] | None:
+        """Layer → W0 (out, in) of the base of the adapter in ``folder``; None where it is not on this machine.
+
+        Raises:
+            UserError: the model given is not there, or the adapter was trained on another one.
+        """
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        name = self._given or config.get("base_model_name_or_path") or ""
         kind: TaskKind = "causal_lm" if config.get("task_type") == "CAUSAL_LM" else "classification"
-        model = load_model(name, kind, None if kind == "causal_lm" else 2)
-    except UserError as error:
-        if base is not None:
-            raise
-        notes.append(f"intruder dimensions are left out ({error}): name the base with --model")
-        return {}
-    weights = {}
-    for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2:
-            weights[path] = weight.detach().T if config.get("fan_in_fan_out") else weight.detach()
-    return weights
+        try:
+            model = self._loaded(name, kind)
+        except UserError as error:
+            if self._given is not None:
+                raise
+            self.missing.append(f"intruder dimensions are left out ({error}): name the base with --model")
+            return None
+        check_base(folder, model)
+        transposed = bool(config.get("fan_in_fan_out"))
+        found = {path: getattr(module, "weight", None) for path, module in model.named_modules()}
+        matrices = {path: w.detach() for path, w in found.items() if isinstance(w, Tensor) and w.dim() == 2}
+        return {path: weight.T if transposed else weight for path, weight in matrices.items()}
+
+    def _loaded(self, name: str, kind: TaskKind) -> Any:
+        if (name, kind) not in self._models:
+            if self._given is None and not resolve_model(name).local:
+                raise UserError(f"{name} is not on this machine")
+            self._models[name, kind] = load_model(name, kind, None if kind == "causal_lm" else 2)
+        return self._models[name, kind]

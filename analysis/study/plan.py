@@ -100,7 +100,8 @@ def plan_study(spec: StudySpec) -> Plan:
             training = trainings.setdefault(training.name, training)
             for entry in spec.measures:
                 for space in entry.all_spaces():
-                    if space in FACTORED and not method_class(spec.methods[label].method).needs_lora:
+                    adapted = space in FACTORED or MEASURES[entry.measure].needs_adapter
+                    if adapted and not method_class(spec.methods[label].method).needs_lora:
                         continue
                     cell = _measure_cell(entry, space, training, f"{label}, seed {seed}")
                     placements.append(Placement(label, seed, measurements.setdefault(cell.name, cell)))

@@ -168,6 +168,9 @@ class StudySpec(_Section):
             )
         seen: dict[tuple[Any, ...], int] = {}
         for i, entry in enumerate(self.measures):
+            if entry.measure == "dynamics" and self.record is None:
+                text = "dynamics needs recorded runs: set record, for example to 10"
+                raise PydanticCustomError("record", "{text}", {"text": text, "at": ("measures", str(i))})
             settings = entry.all_settings()
             variant = tuple(getattr(settings, name, None) for name in VARIANTS)
             for space in entry.all_spaces():

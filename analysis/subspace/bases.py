@@ -12,10 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-from bilora.adapters.bases import column_basis, row_basis
-
-__all__ = ["column_basis", "largest_angle", "overlap", "row_basis"]
-
 
 def overlap(U: Tensor, V: Tensor) -> float:
     """``‖UᵀV‖²/min(p, q)`` of orthonormal bases (m, p) and (m, q); NaN if either is empty."""

@@ -9,17 +9,14 @@ In LoRA space (of factors of one rank) the cosine is that of the factors themsel
 else does not.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from analysis.core.factors import Factors
 from analysis.core.result import row
 from analysis.subspace.overlap import SubspaceOverlap, subspace_overlap
-from analysis.subspace.products import cosine, factor_inner, product_inner, ratio
+from analysis.subspace.products import cosine, inner_products, relative_distance
 
 NAME = "compare"
 
@@ -29,21 +26,18 @@ class Comparison:
     """One adapter beside another."""
 
     pair: str  # "first – second"
-    layers: tuple[str, ...]
-    inner: Mapping[str, np.ndarray]  # full, lora (where ranks are equal) → (L, 3): ⟨f, g⟩, ⟨f, f⟩, ⟨g, g⟩
+    inner: Mapping[str, Mapping[str, tuple[float, float, float]]]  # as by products.inner_products
     overlap: SubspaceOverlap
 
     def rows(self) -> list[dict[str, Any]]:
         """``cosine``, ``distance``, and the rows of the overlaps, with the pair as ``label``."""
         rows = []
         for space, products in self.inner.items():
-            for layer, values in [*zip(self.layers, products, strict=True), ("", products.sum(axis=0))]:
+            for layer, (between, first, second) in products.items():
                 where: dict[str, Any] = {"space": space, "layer": layer, "label": self.pair}
-                between, first, second = values.tolist()
                 rows.append(row(NAME, "cosine", cosine(between, first, second), **where))
                 if space == "full":
-                    away = ratio(first + second - 2 * between, second)
-                    rows.append(row(NAME, "distance", math.sqrt(max(away, 0.0)) if away == away else away, **where))
+                    rows.append(row(NAME, "distance", relative_distance(between, first, second), **where))
         return rows + [{**found, "measure": NAME, "label": self.pair} for found in self.overlap.rows()]
 
 
@@ -57,12 +51,5 @@ def compare_adapters(first: Mapping[str, Factors], second: Mapping[str, Factors]
     Raises:
         UserError: they adapt different layers, or layers of different shapes.
     """
-    overlap = subspace_overlap(first, second)
-    inner = {"full": np.array([_products(product_inner, f, second[name]) for name, f in first.items()])}
-    if all(f.A.shape == second[name].A.shape for name, f in first.items()):
-        inner["lora"] = np.array([_products(factor_inner, f, second[name]) for name, f in first.items()])
-    return Comparison(pair, tuple(first), inner, overlap)
-
-
-def _products(inner: Any, f: Factors, g: Factors) -> tuple[float, float, float]:
-    return inner(f, g), inner(f, f), inner(g, g)
+    overlap = subspace_overlap(first, second)  # first: it checks that the two fit together
+    return Comparison(pair, inner_products(first, second), overlap)

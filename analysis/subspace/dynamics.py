@@ -20,13 +20,11 @@ overlaps are means over the layers in which they are defined. Rows carry the ste
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from analysis.core.factors import Factors
 from analysis.core.measure import Measure, Watch
@@ -35,14 +33,19 @@ from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
 from analysis.settings import MeasureSettings
-from analysis.subspace.bases import column_basis, overlap, row_basis
-from analysis.subspace.lowrank import LowRank
-from analysis.subspace.perturbations import induced
-from analysis.subspace.products import cosine, factor_inner, product_inner, ratio
+from analysis.subspace.overlap import subspace_overlap
+from analysis.subspace.perturbations import factored, induced
+from analysis.subspace.products import (
+    balancedness,
+    cosine,
+    inner_products,
+    ratio,
+    relative_distance,
+)
 from analysis.subspace.reachable import ReachableSet, squared_norm
 from bilora.adapters.norms import squared_product_norm
 from bilora.errors import UserError
-from bilora.training.recording import LayerMoment, Moment, Recording
+from bilora.training.recording import LayerMoment, Moment, Recording, is_recorded, read_recording
 
 NAME = "dynamics"
 PARTS = ("B_eps_A", "eps_B_A", "eps_B_eps_A")
@@ -63,212 +66,157 @@ def run_dynamics(recording: Recording) -> Dynamics:
     """What a recording says of its run; of one in progress, up to its last moment, which then counts as the end."""
     end = recording.at(recording.steps[-1])
     last = recording.at(recording.steps[-2]) if recording.finished and len(recording) > 1 else end
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for moment in recording:
-        rows += list(_numbers(moment))
-        rows += list(_of_moment(moment, end, last))
-    return Dynamics(tuple(rows))
+        found += _Rows(moment, end, last).all()
+    return Dynamics(tuple(found))
 
 
-def _numbers(moment: Moment) -> Iterator[dict[str, Any]]:
-    numbers = dict(moment.numbers)
-    if {"loss", "loss_perturbed"} <= numbers.keys():
-        numbers["loss_rise"] = numbers["loss_perturbed"] - numbers["loss"]
-    for name, value in numbers.items():
-        yield row(NAME, name, value, index=moment.step)
+class _Rows:
+    """The rows of one moment.
+
+    Args:
+        moment: the moment.
+        end: the last one, where the primary ends.
+        last: the last one with a perturbation, where the auxiliary does.
+    """
+
+    def __init__(self, moment: Moment, end: Moment, last: Moment) -> None:
+        self._moment, self._end, self._last = moment, end, last
+        self._primary = {name: _primary(at) for name, at in moment.layers.items()}
+        self._auxiliary = _auxiliary(moment)
+        self._found: list[dict[str, Any]] = []
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every quantity."""
+        self._numbers()
+        self._norms()
+        self._convergence()
+        self._parts()
+        self._outside()
+        self._overlaps()
+        return self._found
+
+    def _add(self, quantity: str, value: float, space: str = "full", **columns: Any) -> None:
+        self._found.append(row(NAME, quantity, value, space=space, index=self._moment.step, **columns))
+
+    def _add_norms(self, quantity: str, squares: Mapping[str, float], space: str = "full", kind: str = "") -> None:
+        """Norms from their squares, of each layer and of all together."""
+        for layer, squared in squares.items():
+            self._add(quantity, math.sqrt(squared), space, kind=kind, layer=layer)
+        self._add(quantity, math.sqrt(math.fsum(squares.values())), space, kind=kind)
+
+    def _numbers(self) -> None:
+        numbers = dict(self._moment.numbers)
+        if {"loss", "loss_perturbed"} <= numbers.keys():
+            numbers["loss_rise"] = numbers["loss_perturbed"] - numbers["loss"]
+        for name, value in numbers.items():
+            self._add(name, value, space="")
+
+    def _norms(self) -> None:
+        """Of updates and gradients, and the balance."""
+        layers = self._moment.layers
+        for kind, pairs in (("primary", self._primary), ("auxiliary", self._auxiliary)):
+            if pairs:
+                squares = {name: factored(f).squared_norm() for name, f in pairs.items()}
+                self._add_norms("update_norm", squares, kind=kind)
+        for position, kind in enumerate(("A", "B", "auxiliary_A", "auxiliary_B")):
+            squares = {n: at.gradients[position] ** 2 for n, at in layers.items() if len(at.gradients) > position}
+            if squares:
+                self._add_norms("gradient_norm", squares, "lora", kind)
+        balances = {name: balancedness(f) for name, f in self._primary.items()}
+        for name, balance in balances.items():
+            self._add("balancedness", balance, "lora", layer=name)
+        self._add("balancedness", math.fsum(balances.values()), "lora")
+
+    def _convergence(self) -> None:
+        """Cosines and distances to the end, and between primary and auxiliary."""
+        ends = {name: _primary(at) for name, at in self._end.layers.items()}
+        self._compare("cosine_to_end", "primary", self._primary, ends)
+        settled = _auxiliary(self._last)
+        if self._auxiliary and settled:
+            self._compare("cosine_to_end", "auxiliary", self._auxiliary, settled)
+            self._compare("cosine", "primary_auxiliary", self._primary, self._auxiliary)
+
+    def _compare(self, quantity: str, kind: str, first: Mapping[str, Factors], second: Mapping[str, Factors]) -> None:
+        for space, products in inner_products(first, second).items():
+            for layer, (inner, mine, other) in products.items():
+                self._add(quantity, cosine(inner, mine, other), space, kind=kind, layer=layer)
+                if space == "full" and quantity == "cosine_to_end":
+                    self._add("distance_to_end", relative_distance(inner, mine, other), kind=kind, layer=layer)
+
+    def _parts(self) -> None:
+        """Norms of the three parts of a perturbation of the factors, and the ratio of second to first order."""
+        parts: dict[str, dict[str, float]] = {name: {} for name in PARTS}
+        first: dict[str, float] = {}
+        for layer, at in self._moment.layers.items():
+            step = at.factor_step()
+            if step is None:
+                continue
+            eps_B, eps_A = step
+            for name, (B, A) in zip(PARTS, ((at.B, eps_A), (eps_B, at.A), (eps_B, eps_A)), strict=True):
+                parts[name][layer] = at.scale**2 * float(squared_product_norm(B, A))
+            both = torch.cat([at.B, eps_B], dim=1), torch.cat([eps_A, at.A], dim=0)
+            first[layer] = at.scale**2 * float(squared_product_norm(*both))
+        if not first:
+            return
+        for name, squares in parts.items():
+            self._add_norms("perturbation_part", squares, kind=name)
+        second = parts["eps_B_eps_A"]
+        for layer, squared in first.items():
+            self._add("second_order_ratio", math.sqrt(ratio(second[layer], squared)), layer=layer)
+        whole = ratio(math.fsum(second.values()), math.fsum(first.values()))
+        self._add("second_order_ratio", math.sqrt(whole))
+
+    def _outside(self) -> None:
+        """Outside share and norm of the perturbation applied; nothing where there was none."""
+        found: list[tuple[float, float, float]] = []
+        for layer, at in self._moment.layers.items():
+            reachable = ReachableSet.of(self._primary[layer])
+            squares = _squares_of(at, self._auxiliary.get(layer), reachable)
+            if squares is None:
+                continue
+            norm, outside = squares
+            found.append((norm, outside, reachable.chance * norm))
+            share = ratio(outside, norm)
+            self._add("outside_share", share, layer=layer, chance=reachable.chance, induced_norm=math.sqrt(norm))
+        if found:
+            norm, outside, weighted = (math.fsum(column) for column in zip(*found, strict=True))
+            chance = ratio(weighted, norm)
+            self._add("outside_share", ratio(outside, norm), chance=chance, induced_norm=math.sqrt(norm))
+
+    def _overlaps(self) -> None:
+        """Overlap of primary and auxiliary subspaces, with its chance level."""
+        if self._auxiliary:
+            for found in subspace_overlap(self._primary, self._auxiliary).rows():
+                if found["quantity"] == "overlap":
+                    self._found.append({**found, "measure": NAME, "index": self._moment.step})
 
 
-@dataclass
-class _Sums:
-    """Squares and products of one quantity by layer, for the ratio of their sums."""
-
-    above: list[float] = field(default_factory=list)
-    below: list[float] = field(default_factory=list)
-
-    def add(self, above: float, below: float) -> float:
-        self.above.append(above)
-        self.below.append(below)
-        return ratio(above, below)
-
-    def total(self) -> float:
-        return ratio(math.fsum(self.above), math.fsum(self.below))
-
-
-def _of_moment(moment: Moment, end: Moment, last: Moment) -> Iterator[dict[str, Any]]:
-    for name, values in _by_layer(moment, end, last).items():
-        quantity, space, kind = name
-        for layer, value, chance, norm in values:
-            extra = {"space": space, "kind": kind, "layer": layer, "chance": chance, "induced_norm": norm}
-            yield row(NAME, quantity, value, index=moment.step, **extra)
-
-
-Entry = tuple[str, float, float, float]
-"""layer ("" for all), value, chance, induced norm."""
-
-
-def _by_layer(moment: Moment, end: Moment, last: Moment) -> Mapping[tuple[str, str, str], list[Entry]]:
-    tables: dict[tuple[str, str, str], list[Entry]] = {}
-    for part in (_norms(moment), _cosines(moment, end, last), _parts(moment), _outside(moment), _overlaps(moment)):
-        for key, entries in part.items():
-            tables.setdefault(key, []).extend(entries)
-    return tables
-
-
-def _norms(moment: Moment) -> dict[tuple[str, str, str], list[Entry]]:
-    """Update norms, balancedness, gradient norms."""
-    found: dict[tuple[str, str, str], list[Entry]] = {}
-    squares: dict[tuple[str, str, str], float] = {}
-
-    def add(key: tuple[str, str, str], layer: str, squared: float) -> None:
-        found.setdefault(key, []).append((layer, math.sqrt(squared), math.nan, math.nan))
-        squares[key] = squares.get(key, 0.0) + squared
-
-    balance = 0.0
-    for layer, at in moment.layers.items():
-        add(("update_norm", "full", "primary"), layer, at.scale**2 * float(squared_product_norm(at.B, at.A)))
-        if at.auxiliary_A is not None and at.auxiliary_B is not None:
-            squared = float(squared_product_norm(at.auxiliary_B, at.auxiliary_A))
-            add(("update_norm", "full", "auxiliary"), layer, at.auxiliary_scale**2 * squared)
-        for kind, norm in zip(("A", "B", "auxiliary_A", "auxiliary_B"), at.gradients, strict=False):
-            add(("gradient_norm", "lora", kind), layer, norm**2)
-        own = 0.5 * (_square(at.B) - _square(at.A))
-        found.setdefault(("balancedness", "lora", ""), []).append((layer, own, math.nan, math.nan))
-        balance += own
-    for key, squared in squares.items():
-        found[key].append(("", math.sqrt(squared), math.nan, math.nan))
-    found[("balancedness", "lora", "")].append(("", balance, math.nan, math.nan))
-    return found
-
-
-def _cosines(moment: Moment, end: Moment, last: Moment) -> dict[tuple[str, str, str], list[Entry]]:
-    """Cosines and distances to the end, and between primary and auxiliary."""
-    pairs: dict[tuple[str, str], list[tuple[str, Factors, Factors]]] = {}
-    for layer, at in moment.layers.items():
-        mine, final = _primary(at), _primary(end.layers[layer])
-        pairs.setdefault(("cosine_to_end", "primary"), []).append((layer, mine, final))
-        auxiliary, settled = _auxiliary(at), _auxiliary(last.layers[layer])
-        if auxiliary is not None and settled is not None:
-            pairs.setdefault(("cosine_to_end", "auxiliary"), []).append((layer, auxiliary, settled))
-            pairs.setdefault(("cosine", "primary_auxiliary"), []).append((layer, mine, auxiliary))
-    found: dict[tuple[str, str, str], list[Entry]] = {}
-    for (quantity, kind), compared in pairs.items():
-        for space, inner in (("full", product_inner), ("lora", factor_inner)):
-            if space == "lora" and any(f.A.shape != g.A.shape for _, f, g in compared):
-                continue  # factors of different ranks have no cosine
-            squares = np.array([[inner(f, g), inner(f, f), inner(g, g)] for _, f, g in compared])
-            key = (quantity, space, kind)
-            found[key] = [
-                (layer, cosine(*line), math.nan, math.nan)
-                for (layer, _, _), line in zip(compared, squares.tolist(), strict=True)
-            ]
-            found[key].append(("", cosine(*squares.sum(axis=0).tolist()), math.nan, math.nan))
-            if space == "full" and quantity == "cosine_to_end":
-                distances = squares[:, 1] + squares[:, 2] - 2 * squares[:, 0]
-                ends = squares[:, 2]
-                found["distance_to_end", space, kind] = [
-                    (layer, math.sqrt(max(ratio(d, e), 0.0)), math.nan, math.nan)
-                    for (layer, _, _), d, e in zip(compared, distances.tolist(), ends.tolist(), strict=True)
-                ] + [("", math.sqrt(max(ratio(float(distances.sum()), float(ends.sum())), 0.0)), math.nan, math.nan)]
-    return found
-
-
-def _parts(moment: Moment) -> dict[tuple[str, str, str], list[Entry]]:
-    """Norms of the three parts of a perturbation of the factors, and the ratio of second to first order."""
-    found: dict[tuple[str, str, str], list[Entry]] = {}
-    squares: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    orders = _Sums()
-    ratios: list[Entry] = []
-    for layer, at in moment.layers.items():
-        if at.eps_A is None and at.eps_B is None:
-            continue
-        eps_A = torch.zeros_like(at.A) if at.eps_A is None else at.eps_A
-        eps_B = torch.zeros_like(at.B) if at.eps_B is None else at.eps_B
-        products = {"B_eps_A": (at.B, eps_A), "eps_B_A": (eps_B, at.A), "eps_B_eps_A": (eps_B, eps_A)}
-        norms = {name: at.scale**2 * float(squared_product_norm(B, A)) for name, (B, A) in products.items()}
-        for name, squared in norms.items():
-            squares[name] += squared
-            found.setdefault(("perturbation_part", "full", name), []).append(
-                (layer, math.sqrt(squared), math.nan, math.nan)
-            )
-        both = torch.cat([at.B, eps_B], dim=1), torch.cat([eps_A, at.A], dim=0)
-        first = at.scale**2 * float(squared_product_norm(*both))
-        ratios.append((layer, math.sqrt(orders.add(norms["eps_B_eps_A"], first)), math.nan, math.nan))
-    for name in PARTS if found else ():
-        found["perturbation_part", "full", name].append(("", math.sqrt(squares[name]), math.nan, math.nan))
-    if ratios:
-        found["second_order_ratio", "full", ""] = [*ratios, ("", math.sqrt(orders.total()), math.nan, math.nan)]
-    return found
-
-
-def _outside(moment: Moment) -> dict[tuple[str, str, str], list[Entry]]:
-    """Outside share and norm of the perturbation applied; nothing where there was none."""
-    entries: list[Entry] = []
-    shares, chances = _Sums(), []
-    for layer, at in moment.layers.items():
-        reachable = ReachableSet.of(_primary(at))
-        squared = _squares_of(at, reachable)
-        if squared is None:
-            continue
-        norm, outside = squared
-        entries.append((layer, shares.add(outside, norm), reachable.chance, math.sqrt(norm)))
-        chances.append(reachable.chance)
-    if not entries:
-        return {}
-    norms = np.array(shares.below)
-    chance = ratio(float(np.array(chances) @ norms), float(norms.sum()))
-    entries.append(("", shares.total(), chance, math.sqrt(norms.sum())))
-    return {("outside_share", "full", ""): entries}
-
-
-def _squares_of(at: LayerMoment, reachable: ReachableSet) -> tuple[float, float] | None:
-    """‖eps_W‖² and its part out of reach."""
+def _squares_of(at: LayerMoment, auxiliary: Factors | None, reachable: ReachableSet) -> tuple[float, float] | None:
+    """‖eps_W‖² and its part out of reach; None where nothing was perturbed."""
     if at.noise is not None:
         return at.noise
-    auxiliary = _auxiliary(at)
+    step = at.factor_step()
     if auxiliary is not None:
-        eps = LowRank(auxiliary.scale * auxiliary.B.double(), auxiliary.A.double())
-    elif at.eps_A is None and at.eps_B is None:
-        return None
+        eps = factored(auxiliary)
+    elif step is not None:
+        eps = induced(_primary(at), *step)
     else:
-        eps_A = torch.zeros_like(at.A) if at.eps_A is None else at.eps_A
-        eps_B = torch.zeros_like(at.B) if at.eps_B is None else at.eps_B
-        eps = induced(_primary(at), eps_B, eps_A)
+        return None
     return squared_norm(eps), squared_norm(reachable.outside(eps))
-
-
-def _overlaps(moment: Moment) -> dict[tuple[str, str, str], list[Entry]]:
-    """Overlap of primary and auxiliary subspaces, with its chance level."""
-    found: dict[tuple[str, str, str], list[Entry]] = {}
-    for layer, at in moment.layers.items():
-        auxiliary = _auxiliary(at)
-        if auxiliary is None:
-            continue
-        for kind, basis, mine, other in (
-            ("column", column_basis, at.B, auxiliary.B),
-            ("row", row_basis, at.A, auxiliary.A),
-        ):
-            U, V = basis(mine), basis(other)
-            chance = max(U.shape[1], V.shape[1]) / U.shape[0]
-            found.setdefault(("overlap", "lora", kind), []).append((layer, overlap(U, V), chance, math.nan))
-    for entries in found.values():
-        known = [(value, chance) for _, value, chance, _ in entries if not math.isnan(value)]
-        value, chance = np.mean(known, axis=0).tolist() if known else (math.nan, math.nan)
-        entries.append(("", value, chance, math.nan))
-    return found
 
 
 def _primary(at: LayerMoment) -> Factors:
     return Factors(at.B, at.A, at.scale)
 
 
-def _auxiliary(at: LayerMoment) -> Factors | None:
-    if at.auxiliary_A is None or at.auxiliary_B is None:
-        return None
-    return Factors(at.auxiliary_B, at.auxiliary_A, at.auxiliary_scale)
-
-
-def _square(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum())
+def _auxiliary(moment: Moment) -> dict[str, Factors]:
+    return {
+        name: Factors(at.auxiliary_B, at.auxiliary_A, at.auxiliary_scale)
+        for name, at in moment.layers.items()
+        if at.auxiliary_A is not None and at.auxiliary_B is not None
+    }
 
 
 def _run(
@@ -278,9 +226,9 @@ def _run(
     trained: Trained | None,
     watch: Watch | None = None,
 ) -> Dynamics:
-    if trained is None or trained.recording is None:
+    if trained is None or trained.folder is None or not is_recorded(trained.folder):
         raise UserError("measure dynamics needs a recorded run: train with --record N (in a study: record: N)")
-    return run_dynamics(trained.recording)
+    return run_dynamics(read_recording(trained.folder))
 
 
 MEASURE = Measure(
@@ -289,4 +237,5 @@ MEASURE = Measure(
     spaces=("",),
     settings=MeasureSettings,
     run=_run,
+    needs_adapter=True,
 )

@@ -15,13 +15,13 @@ as in ``worst_case``.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import Field
 from scipy.optimize import brentq
 
@@ -33,8 +33,8 @@ from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
 from analysis.core.vectors import Vector, dot, norm, scaled
 from analysis.settings import MeasureSettings, Radii
-from analysis.sharpness.ascent import Ball, centre, worst
-from analysis.sharpness.random import filter_noise, isotropic_noise, standard_errors
+from analysis.sharpness.ascent import Ball, centre, late_gain, worst
+from analysis.sharpness.random import Progress, filter_noise, isotropic_noise, standard_errors
 from analysis.sharpness.scaling import scaling_of
 from analysis.subspace.lowrank import LowRank, leading_squared_norm
 from analysis.subspace.perturbations import factored, induced, rank_r
@@ -97,8 +97,9 @@ class Efficiency:
                 "rank_r_share": found.rank_r,
             }
             for quantity, draws in values.items():
+                mean = float(draws.mean()) if len(draws) else math.nan  # a zero direction has no draw
                 error = float(standard_errors(draws[None])[0])
-                rows.append(row(NAME, quantity, float(draws.mean()), standard_error=error, **where))
+                rows.append(row(NAME, quantity, mean, standard_error=error, **where))
         for radius, best in self.best.items():
             at = {"space": "full", "split": self.split, "radius": radius, "induced_norm": radius}
             rows.append(row(NAME, "best_rise", best, **at))
@@ -131,7 +132,7 @@ def ascent_efficiency(
         steps, restarts: of the search for the best rise, as at
             :func:`~analysis.sharpness.worst_case.worst_case_sharpness`.
         seed: names noise and random starts.
-        watch: told of (losses and gradients evaluated, in all).
+        watch: told of (losses and gradients evaluated, in all); a perturbation that is zero is passed over.
 
     Raises:
         UserError: a setting out of range, or a loss or gradient that is not finite.
@@ -139,27 +140,21 @@ def ascent_efficiency(
     settings = EfficiencySettings.checked(radii=tuple(radii), draws=draws, steps=steps, restarts=restarts, seed=seed)
     kinds = [kind for kind in KINDS if kind != "auxiliary" or auxiliary]
     passes = sum(settings.draws if kind in RANDOM else 1 for kind in kinds)
-    total = 2 + len(settings.radii) * (passes + 2 * settings.restarts * settings.steps)
-    done = 0
-
-    def report(count: int = 1) -> None:
-        nonlocal done
-        done += count
-        if watch is not None:
-            watch(done, total, "passes")
-
+    each = passes + 2 * settings.restarts * settings.steps
+    total = 2 + len(settings.radii) * each
+    progress = Progress(watch, total)
     middle = centre(objective, full, scaling_of(full, "isotropic"))
-    report()
+    progress.step()
     gradient = middle.gradient
-    assert gradient is not None
+    assert gradient is not None  # or centre would have raised
     factor_gradient = objective.gradient(lora)
-    report()
+    progress.step()
     made = _Perturbations(full, lora, gradient, factor_gradient, auxiliary or {}, settings)
     size, size_r = norm(gradient), _rank_r_norm(gradient, lora.factors)
     attained: list[Attained] = []
     best: dict[float, float] = {}
     late: dict[float, float] = {}
-    for radius in settings.radii:
+    for done, radius in enumerate(settings.radii):
         here: list[Attained] = []
         for kind in kinds:
             found = []
@@ -168,27 +163,26 @@ def ascent_efficiency(
                     rise = objective.loss(full) - middle.loss
                 inner = dot(eps, gradient)
                 found.append((rise, ratio(inner, radius * size), ratio(inner, radius * size_r)))
-                report()
+                progress.step()
             here.append(Attained(kind, radius, *np.array(found, dtype=np.float64).reshape(-1, 3).T))
-        begun = done
-        search = worst(
-            Ball(objective, full, scaling_of(full, "isotropic"), radius),
-            middle,
-            settings.steps,
-            settings.restarts,
-            settings.seed,
-            lambda step, begun=begun: report(begun + step - done),  # type: ignore[misc]
-        )
-        curve = search.winner.curve - middle.loss
-        highest = max([float(curve[-1]), *(float(np.nanmax(a.rises, initial=-math.inf)) for a in here)])
-        best[radius] = highest
-        late[radius] = ratio(float(curve[-1] - curve[3 * settings.steps // 4]), float(curve[-1]))
+        begun = 2 + done * each + passes
+        ball = Ball(objective, full, scaling_of(full, "isotropic"), radius)
+        report = partial(_report, progress, begun)
+        search = worst(ball, middle, settings.steps, settings.restarts, settings.seed, report)
+        rises = search.winner.curve - middle.loss
+        known = [float(rises[-1]), *(float(rise) for a in here for rise in a.rises)]
+        best[radius] = max((rise for rise in known if not math.isnan(rise)), default=math.nan)
+        late[radius] = late_gain(rises)
         attained += here
     return Efficiency(objective.name, settings.seed, tuple(attained), best, late)
 
 
+def _report(progress: Progress, begun: int, step: int) -> None:
+    progress.reached(begun + step)
+
+
 class _Perturbations:
-    """Directions are made once; each radius scales them."""
+    """The perturbations of each kind, as vectors of the full space."""
 
     def __init__(
         self,
@@ -244,8 +238,7 @@ class _Perturbations:
         return [scaled(found, radius / norm(found))]
 
     def _dense(self, eps: Mapping[str, Perturbation]) -> Vector:
-        dense: Callable[[Perturbation], torch.Tensor] = lambda e: e.left @ e.right if isinstance(e, LowRank) else e  # noqa: E731
-        named = {f"{layer}.weight": dense(e) for layer, e in eps.items()}
+        named = {f"{layer}.weight": e.left @ e.right if isinstance(e, LowRank) else e for layer, e in eps.items()}
         return {name: tensor.to(self._full.parameters[name]) for name, tensor in named.items()}
 
 

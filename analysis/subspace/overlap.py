@@ -18,8 +18,9 @@ from analysis.core.factors import Factors
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
-from analysis.subspace.bases import column_basis, largest_angle, overlap, row_basis
+from analysis.subspace.bases import largest_angle, overlap
 from analysis.subspace.chance import overlap_p_value
+from bilora.adapters.bases import column_basis, row_basis
 from bilora.errors import UserError
 
 LEVEL = 0.05

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from analysis.core.factors import Factors
-from analysis.subspace.bases import column_basis, row_basis
 from analysis.subspace.lowrank import LowRank
+from bilora.adapters.bases import column_basis, off_columns, off_rows, row_basis
 
 Perturbation = Tensor | LowRank
 """eps_W of one layer, (m, n): dense, or thin factors that are never multiplied out."""
@@ -41,14 +41,8 @@ class ReachableSet:
     def outside(self, perturbation: Perturbation) -> Perturbation:
         """``(I − P_B)·eps_W·(I − P_A)``, factored if the perturbation is."""
         if isinstance(perturbation, LowRank):
-            return LowRank(self._off_columns(perturbation.left), self._off_rows(perturbation.right))
-        return self._off_rows(self._off_columns(perturbation.detach().double()))
-
-    def _off_columns(self, matrix: Tensor) -> Tensor:
-        return matrix - self.columns @ (self.columns.mT @ matrix)
-
-    def _off_rows(self, matrix: Tensor) -> Tensor:
-        return matrix - (matrix @ self.rows) @ self.rows.mT
+            return LowRank(off_columns(perturbation.left, self.columns), off_rows(perturbation.right, self.rows))
+        return off_rows(off_columns(perturbation.detach().double(), self.columns), self.rows)
 
 
 def squared_norm(perturbation: Perturbation) -> float:

@@ -31,7 +31,7 @@ from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
 from analysis.settings import MeasureSettings
 from analysis.subspace.intruders import Intruders, all_intruders
-from analysis.subspace.products import ratio, singular_values
+from analysis.subspace.products import balancedness, ratio, singular_values
 from bilora.adapters.layers import AdaptedLayer
 from bilora.errors import UserError
 
@@ -148,7 +148,7 @@ def inspect_updates(
     layers = {
         name: LayerUpdate(
             singular_values(f).cpu().numpy(),
-            0.5 * float(f.B.double().square().sum() - f.A.double().square().sum()),
+            balancedness(f),
         )
         for name, f in factors.items()
     }
@@ -188,5 +188,5 @@ MEASURE = Measure(
     spaces=("",),
     settings=UpdateSettings,
     run=_run,
+    needs_adapter=True,
 )
-"""Needs no examples; a study gives it some all the same."""

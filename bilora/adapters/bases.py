@@ -1,4 +1,4 @@
-"""Orthonormal bases of the spaces that thin factors span."""
+"""Orthonormal bases of the spaces that thin factors span, and what of a matrix lies outside them."""
 
 import math
 
@@ -24,3 +24,13 @@ def column_basis(factor: Tensor) -> Tensor:
 def row_basis(factor: Tensor) -> Tensor:
     """Orthonormal basis of Row(factor) as columns, (n, rank), float64, of a factor (r, n)."""
     return column_basis(factor.mT)
+
+
+def off_columns(matrix: Tensor, columns: Tensor) -> Tensor:
+    """``(I − U·Uᵀ)·M`` of a matrix (m, k) and an orthonormal basis U (m, p)."""
+    return matrix - columns @ (columns.mT @ matrix)
+
+
+def off_rows(matrix: Tensor, rows: Tensor) -> Tensor:
+    """``M·(I − V·Vᵀ)`` of a matrix (k, n) and an orthonormal basis V (n, q)."""
+    return matrix - (matrix @ rows) @ rows.mT

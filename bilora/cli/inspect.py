@@ -1,5 +1,6 @@
 """``bilora inspect``: what adapters and recorded runs say by themselves, without examples."""
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,12 +62,14 @@ def inspect(
     from analysis.study.inspect import inspect_folders
     from analysis.study.several import named
 
-    ours = read_json(output.with_suffix(".json")).get("determinants", {})
-    if output.exists() and not force and not (isinstance(ours, dict) and "inspected" in ours):
+    names = named(folders)
+    places = hashlib.sha256("\n".join(str(folder.resolve()) for folder in folders).encode()).hexdigest()
+    asked = {"inspected": [f"{method}, seed {seed}" for method, seed in names], "folders": places}
+    # The same folders are looked at again, since a run may have gone on.
+    if output.exists() and not force and read_json(output.with_suffix(".json")).get("determinants") != asked:
         raise UserError(f"{output} holds something else: name another output, or replace it with --force")
     frame, notes = inspect_folders(folders, model)
-    names = named(folders)
-    write_measured(output, frame, {"inspected": [f"{method}, seed {seed}" for method, seed in names]}, names)
+    write_measured(output, frame, asked, names)
     _show(frame, output)
     for note in notes:
         typer.echo(f"note: {note}", err=True)

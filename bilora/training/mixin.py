@@ -93,7 +93,7 @@ class MethodMixin(_Trainer):
             UserError: too many steps in a row had no finite loss and gradient.
         """
         self._guard.start()
-        self._recorders = [c for c in self.callback_handler.callbacks if isinstance(c, Recorder)]
+        self._recorders = self._recorders_given()
         for recorder in self._recorders:
             recorder.watch(self.model, self.method)
         try:
@@ -105,6 +105,9 @@ class MethodMixin(_Trainer):
             self._forget_window()
             self._prepared = False
             self.method.finish()
+
+    def _recorders_given(self) -> list[Recorder]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Recorder)]
 
     def _forget_window(self) -> None:
         self._window.clear()
@@ -383,6 +386,8 @@ class MethodMixin(_Trainer):
             )
         if not self.method.needs_lora and isinstance(self.model, PeftModel):
             raise UserError(f"{self.method.name} trains every weight: give it the plain model, not a PeftModel")
+        for recorder in self._recorders_given():
+            recorder.check(self.model)
 
 
 class _MethodCallback(TrainerCallback):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bilora.adapters.auxiliary import MODULE_NAME, AuxiliaryPairs
-from bilora.adapters.bases import column_basis, row_basis
+from bilora.adapters.bases import column_basis, off_columns, off_rows, row_basis
 from bilora.adapters.layers import AdaptedLayer, adapted_layers
 from bilora.adapters.swap import swapped
 from bilora.errors import UserError
@@ -26,9 +26,11 @@ from bilora.training.recording import (
     About,
     LayerMoment,
     Moment,
+    is_recorded,
     join_moments,
     moment_files,
     read_recording,
+    reopen,
     step_of,
     write_moment,
 )
@@ -51,8 +53,8 @@ class Recorder(TrainerCallback):
             each; None: five times ``every``.
 
     Raises:
-        UserError: a number is below 1; when training begins: the model has no plain LoRA adapter, or the folder holds a
-            finished recording, or one with another ``every``.
+        UserError: a number is below 1; in the Trainer: the model has no plain LoRA adapter; when training begins: the
+            folder holds a recording and the run does not go on from a checkpoint, or one with another ``every``.
     """
 
     def __init__(self, folder: str | Path, every: int = 10, losses_every: int | None = None) -> None:
@@ -68,12 +70,22 @@ class Recorder(TrainerCallback):
         self._in_force: dict[nn.Parameter, Tensor] = {}
         self._taken: Moment | None = None
 
+    @staticmethod
+    def check(model: nn.Module) -> dict[str, AdaptedLayer]:
+        """The layers that would be recorded.
+
+        Raises:
+            UserError: the model has no LoRA adapter, or one whose merged weight is not ``W0 + s·B·A``.
+        """
+        layers = adapted_layers(model)
+        check_plain_factors("recording", layers)
+        return layers
+
     # -- called by the trainer ------------------------------------------------------------------------------------
 
     def watch(self, model: nn.Module, method: Method) -> None:
         """Training of ``model`` with ``method`` is about to begin."""
-        self._layers = adapted_layers(model)
-        check_plain_factors("recording", self._layers)
+        self._layers = self.check(model)
         self._model, self._method = model, method
         self._forget()
 
@@ -115,14 +127,13 @@ class Recorder(TrainerCallback):
         self._about = About(self._method.name, self._method.settings(), args.seed, self.every, state.max_steps)
         if not state.is_world_process_zero:
             return
-        if (self.folder / FILE_NAME).exists():
+        if state.global_step:
+            self._go_on(state.global_step)
+        elif (self.folder / FILE_NAME).exists():
             raise UserError(f"{self.folder} holds the recording of a finished run: name another folder")
-        earlier = [path for path in moment_files(self.folder) if step_of(path) < state.global_step]
         for path in moment_files(self.folder):
-            if path not in earlier:
+            if step_of(path) >= state.global_step:
                 path.unlink()
-        if earlier and (begun := read_recording(self.folder).about).every != self.every:
-            raise UserError(f"the run in {self.folder} is recorded every {begun.every} steps: go on so")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the moment, with what the method says of its update."""
@@ -144,6 +155,15 @@ class Recorder(TrainerCallback):
         self._forget()
 
     # -------------------------------------------------------------------------------------------------------------
+
+    def _go_on(self, step: int) -> None:
+        """Whether what is there can be continued from ``step``."""
+        if not is_recorded(self.folder):
+            return
+        recording = read_recording(self.folder)
+        if recording.steps[0] < step and recording.about.every != self.every:
+            raise UserError(f"the run in {self.folder} is recorded every {recording.about.every} steps: go on so")
+        reopen(self.folder)
 
     def _losses(self, loss: Losses) -> dict[str, float]:
         moved = {parameter: tensor for parameter, tensor in self._in_force.items() if _moved(parameter, tensor)}
@@ -192,9 +212,7 @@ class Recorder(TrainerCallback):
         if difference is None:
             return None
         E = (difference.T if layer.transposed else difference).double()
-        columns, rows = column_basis(layer.B.data), row_basis(layer.A.data)
-        outside = E - columns @ (columns.mT @ E)
-        outside -= (outside @ rows) @ rows.mT
+        outside = off_rows(off_columns(E, column_basis(layer.B.data)), row_basis(layer.A.data))
         return float(E.square().sum()), float(outside.square().sum())
 
     def _forget(self) -> None:

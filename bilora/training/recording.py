@@ -50,6 +50,13 @@ class LayerMoment:
     noise: tuple[float, float] | None = None  # ‖E‖², ‖(I − P_B)·E·(I − P_A)‖²
     gradients: tuple[float, ...] = ()  # norms of ∂A, ∂B and, where there is an auxiliary, ∂A2, ∂B2
 
+    def factor_step(self) -> tuple[Tensor, Tensor] | None:
+        """eps_B and eps_A, zero where one was not perturbed; None where neither was."""
+        if self.eps_A is None and self.eps_B is None:
+            return None
+        eps_B = torch.zeros_like(self.B) if self.eps_B is None else self.eps_B
+        return eps_B, torch.zeros_like(self.A) if self.eps_A is None else self.eps_A
+
 
 TENSORS = ("A", "B", "eps_A", "eps_B", "auxiliary_A", "auxiliary_B")
 NUMBERS = ("scale", "auxiliary_scale", "noise", "gradients")
@@ -223,6 +230,17 @@ def join_moments(run: Path) -> Path:
     os.replace(temporary, target)
     shutil.rmtree(_moments_of(run))
     return target
+
+
+def reopen(run: Path) -> None:
+    """Undo :func:`join_moments` for a run that was killed after its last step and before it was finished."""
+    whole = run / FILE_NAME
+    if not whole.exists():
+        return
+    recording = read_recording(run)
+    for moment in recording:
+        write_moment(run, moment, recording.about)
+    whole.unlink()
 
 
 def _moments_of(run: Path) -> Path:

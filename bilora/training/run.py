@@ -20,7 +20,7 @@ from bilora.methods.custom import file_digest, is_custom
 from bilora.tasks import Task, add_lora, base_fingerprint, load_model, load_task, load_tokenizer
 from bilora.training.record import SPEC_FILE, TrainRecord, as_json, read_record, write_json, write_record
 from bilora.training.recorder import Recorder
-from bilora.training.recording import is_recorded, read_recording
+from bilora.training.recording import is_recorded, read_recording, reopen
 from bilora.training.spec import TrainSpec
 from bilora.training.trainer import BiLoraTrainer
 
@@ -99,6 +99,8 @@ def train_run(
         model = add_lora(model, spec.lora, task.kind, spec.seed, batches=batches)
     # Only the factors of a LoRA-GA start are needed at the end: PEFT finds those of the others again.
     initial = initial_factors(model) if method.needs_lora and spec.lora.init_lora_weights == "lora_ga" else None
+    for recorder in recorders:
+        recorder.check(model)  # the Trainer would, but it makes its folder first
     trainer = BiLoraTrainer(
         model=model,
         method=method,
@@ -243,6 +245,7 @@ def _begin(folder: Path, spec: TrainSpec, fingerprints: dict[str, str]) -> None:
     for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
         if not _complete(path):
             shutil.rmtree(path)
+    reopen(folder)  # killed between the last step and the record
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

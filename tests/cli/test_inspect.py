@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from bilora.cli.app import main
 from bilora.training.recording import read_recording
@@ -55,7 +56,27 @@ def test_an_adapter_of_another_hand(folders, here, capsys):
     rows = pd.read_parquet("f.parquet")
     assert set(rows["measure"]) == {"update"}
     assert (rows["quantity"] == "intruders").any()
-    assert main(arguments) == 0  # its own output is replaced
+    assert main(arguments) == 0  # looked at again
+    other = ["inspect", str(folders / "bilora"), "-o", "f.parquet"]
+    assert main(other) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert main([*other, "--force"]) == 0
+
+
+def test_adapters_of_different_base_models_are_refused(folders, here, capsys):
+    """Of one shape, and of layers of the same names: by what the runs recorded, and by the base that is given."""
+    other = save_model(here / "other")
+    with torch.no_grad():
+        other.bert.encoder.layer[0].attention.self.query.weight.add_(1)
+    other.save_pretrained(here / "other")
+    arguments = ["train", "-o", "apart", "--model", "other", "--method", "lora", *SMALL.split()]
+    assert main([*arguments, "--train", "max_steps=1", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(folders / "bilora"), "apart"]) == 2
+    assert "were trained on different base models: inspect them apart" in capsys.readouterr().err
+    assert main(["inspect", str(folders / "bilora"), "--model", "other"]) == 2
+    assert "was trained on another base model" in capsys.readouterr().err
+    assert not (here / "inspect.parquet").exists()
 
 
 def test_without_the_base_model_intruders_are_left_out(folders, here, capsys):

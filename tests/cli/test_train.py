@@ -156,6 +156,36 @@ def test_a_recorded_run_is_the_same_run(trained, tmp_path, capsys):
     assert not (tmp_path / "zero").exists()
 
 
+class InterruptEvaluation(TrainerCallback):
+    """What Ctrl-C does after the last step, before the run is finished."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("saving", [{}, {"save_strategy": "no"}], ids=["checkpoints", "none"])
+def test_a_recorded_run_interrupted_after_its_last_step_goes_on(tmp_path, saving):
+    """The moments are one file by then; with and without a checkpoint the run ends as an undisturbed one."""
+    spec = small_spec(training=saving)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train_run(spec, whole, progress=False, record_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(spec, killed, progress=False, callbacks=[InterruptEvaluation()], record_every=2)
+    assert (killed / FILE_NAME).exists()
+    train_run(spec, killed, progress=False)
+    assert contents(whole) == contents(killed)
+    assert read_recording(killed).steps == (0, 2, 4, 5, 6)
+    assert not (killed / "recording").exists()
+
+
+@pytest.mark.parametrize("options", [["--method", "full"], ["--dora"]])
+def test_what_cannot_be_recorded_is_refused_before_anything_is_written(tmp_path, options, capsys):
+    assert main([*command(tmp_path / "run"), *options, "--record", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "carries no LoRA adapter" in line or "recording is derived for W0 + s·B·A" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_spec_is_refused_and_nothing_changed(trained, tmp_path, capsys):
     before = contents(trained)
     assert main(command(trained, "--set", "rho=0.1")) == 2

@@ -8,6 +8,7 @@ import pytest
 from analysis.study import plan as planning
 from analysis.study.plan import Cell, Plan, plan_study
 from analysis.study.spec import read_study
+from bilora.errors import UserError
 
 Write = Callable[..., Path]
 
@@ -131,3 +132,22 @@ def test_full_fine_tuning_has_no_lora_space(planned: Callable[..., Plan]) -> Non
     assert "LoRA, seed 0: random full (validation)" in cells(plan, "measure")
     training = cells(plan, "training")["LoRA, seed 0: training"]
     assert "lora" not in training.determinants
+
+
+def test_recorded_studies(planned: Callable[..., Plan], study_file: Write) -> None:
+    """Recording is part of what a training is asked for; full fine-tuning has nothing to record and no adapter."""
+    quality = "  - {measure: quality, examples: 8}"
+    more = {quality: f"{quality}\n  - {{measure: dynamics}}\n  - {{measure: update}}"}
+    with pytest.raises(UserError, match=r"measures\.1: dynamics needs recorded runs: set record"):
+        read_study(study_file(more))
+    both = {"LoRA: {method: lora}": "LoRA: {method: lora}\n  Full: {method: full}"}
+    recorded = planned({**more, **both, "model: minilm": "model: minilm\nrecord: 2"})
+    labels = set(cells(recorded, "measure"))
+    assert {"LoRA, seed 0: dynamics (validation)", "LoRA, seed 0: update (validation)"} <= labels
+    assert not any(label.startswith("Full") and ("dynamics" in label or "update" in label) for label in labels)
+    plain = cells(planned(both), "training")
+    again = cells(recorded, "training")
+    assert plain["LoRA, seed 0: training"].name != again["LoRA, seed 0: training"].name
+    assert plain["Full, seed 0: training"].name == again["Full, seed 0: training"].name
+    assert again["LoRA, seed 0: training"].compute.record_every == 2
+    assert again["Full, seed 0: training"].compute.record_every is None

@@ -7,7 +7,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from analysis.subspace.bases import column_basis, largest_angle, overlap, row_basis
+from analysis.subspace.bases import largest_angle, overlap
+from bilora.adapters.bases import column_basis, row_basis
 
 
 def gaussian(*shape: int, seed: int) -> torch.Tensor:

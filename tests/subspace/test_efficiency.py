@@ -146,17 +146,32 @@ def test_weights_come_back_after_an_exception(case):
         assert_same_bits(lora.model, before[1])
 
 
-def test_untrained_factors_have_a_lora_sam_step_and_a_zero_gradient_has_none():
+def test_without_an_auxiliary_there_is_none_and_progress_reaches_its_end():
     model = with_lora(tiny_bert())
     full, lora = WeightSpace.full(model), WeightSpace.lora(model)
     told = []
     found = ascent_efficiency(
-        bert_objective(), full, lora, [RADIUS], draws=1, steps=2, watch=lambda *seen: told.append(seen)
+        bert_objective(), full, lora, [RADIUS, 0.2], draws=1, steps=2, watch=lambda *seen: told.append(seen)
     )
-    assert [a.kind for a in found.attained] == [kind for kind in KINDS if kind != "auxiliary"]
+    assert [a.kind for a in found.attained] == 2 * [kind for kind in KINDS if kind != "auxiliary"]
     steps = [done for done, _, _ in told]
-    assert steps == sorted(steps)
+    assert steps == [*range(1, steps[-1] + 1)]
     assert {most for _, most, _ in told} == {steps[-1]}
+
+
+def test_a_direction_that_is_zero_attains_no_number(case):
+    """Factors of which both are 0 have no gradient, and so LoRA-SAM no step; a zero auxiliary likewise."""
+    model = copy.deepcopy(case[0])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    full, lora = WeightSpace.full(model), WeightSpace.lora(model)
+    zero = {layer: Factors(torch.zeros_like(f.B), f.A.detach() + 1, 1.0) for layer, f in lora.factors.items()}
+    found = ascent_efficiency(bert_objective(), full, lora, [RADIUS], auxiliary=zero, draws=2, steps=2)
+    for r in found.rows():
+        assert math.isnan(r["value"]) == (r["kind"] in ("lora_sam", "auxiliary")), (r["kind"], r["quantity"])
+    assert found.best[RADIUS] > 0
 
 
 def test_bad_settings_are_one_line(case):

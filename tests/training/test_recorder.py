@@ -12,7 +12,7 @@ from bilora import METHODS, BiLoraTrainer, build_method
 from bilora.adapters.layers import adapted_layers
 from bilora.errors import UserError
 from bilora.training import Recorder, read_recording
-from bilora.training.recording import FILE_NAME, FOLDER_NAME
+from bilora.training.recording import FILE_NAME, FOLDER_NAME, moment_files
 from tests.training.tiny import factors, ragged_data, tiny_bert, with_lora
 
 LORA_METHODS = [name for name, method in METHODS.items() if method.needs_lora]
@@ -272,6 +272,7 @@ def test_another_interval_is_refused_on_resuming(train, tmp_path):
             trainer=killed_at(3),
             **settings,
         )
+    before = moment_files(tmp_path / "r")
     with pytest.raises(UserError, match="is recorded every 1 steps: go on so"):
         train(
             with_lora(tiny_bert()),
@@ -280,3 +281,4 @@ def test_another_interval_is_refused_on_resuming(train, tmp_path):
             resume=str(tmp_path / "out" / "checkpoint-2"),
             **settings,
         )
+    assert moment_files(tmp_path / "r") == before
