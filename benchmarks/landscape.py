@@ -1,12 +1,14 @@
 """What a loss surface costs in several tools, and how wrong the cheap ones are, as JSON lines.
 
     pip install --no-deps -r benchmarks/peers.txt
-    python benchmarks/landscape.py [--variants tomgoldstein,exact,…] [--points 21]
+    python benchmarks/landscape.py [--model bert|smollm2] [--variants tomgoldstein,exact,…] [--points 21]
 
-A BERT of 4 × 256 with 11.2 M parameters, trained for 60 steps on 256 real sentences (Rotten Tomatoes, mean 26 tokens),
-and the loss on these sentences on a 21 × 21 grid over two filter-normalised random directions, |x|, |y| ≤ 1.
-``seconds`` is CPU time with one thread from given axes to the grid, ``speedup`` its ratio to ``tomgoldstein`` by the
-point of the full grid; errors are over the range of losses, against ``tomgoldstein``'s grid.
+``bert``, of 4 × 256 with 11.2 M parameters, is trained for 60 steps on 256 real sentences (Rotten Tomatoes, mean 26
+tokens); ``smollm2`` is SmolLM2-135M, pretrained, as a language model of the same sentences, on a GPU if there is one.
+The loss on these sentences is taken on a 21 × 21 grid over two filter-normalised random directions, |x|, |y| ≤ 1, and
+≤ 0.5 for ``smollm2``. ``seconds`` is CPU time with one thread from given axes to the grid, on a GPU wall time after
+synchronising; ``speedup`` its ratio to ``tomgoldstein`` by the point of the full grid; errors are over the range of
+losses, against ``tomgoldstein``'s grid.
 
 ``tomgoldstein`` does what the functions of github.com/tomgoldstein/loss-landscape do for a point: weights + changes
 written to every parameter, then loss and accuracy over a loader, whose batches are padded to the tokenizer's maximum
@@ -32,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
 from analysis import Objective, WeightSpace
@@ -40,12 +42,13 @@ from analysis.core.vectors import Vector
 from analysis.landscape.plane import Plane
 from analysis.landscape.random_plane import random_plane
 from analysis.landscape.surface import LossSurface, loss_surface
-from bilora.tasks import TaskSpec, load_task, load_tokenizer
+from bilora.tasks import Task, TaskSpec, load_model, load_task, load_tokenizer
+from bilora.tasks.metrics import IGNORED
 from bilora.tasks.models import seeded
 
-EXTENT = 1.0
+EXTENTS = {"bert": 1.0, "smollm2": 0.5}
 MAX_LENGTH = 64
-BATCH = 32
+BATCH = 128 if torch.cuda.is_available() else 32
 PEER_POINTS = 5
 """A side of the grid on which other tools' own loops are timed."""
 
@@ -55,10 +58,11 @@ class Problem:
     """One surface: ``padded`` are the batches for tools that take any loader."""
 
     objective: Objective
-    padded: list[dict[str, Tensor]]
+    padded: list[BatchEncoding]
     space: WeightSpace
     plane: Plane
     points: int
+    extent: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,22 @@ class Made:
     note: str = ""
 
 
-def prepare(points: int) -> Problem:
+def prepare(name: str, points: int) -> Problem:
+    model, task = language_model() if name == "smollm2" else trained_bert()
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    space = WeightSpace.all(model)
+    objective = Objective.from_dataset(task.train, task.collate, batch_size=BATCH, name="train")
+    padded = [to_maximum(batch).to(model.device) for batch in batches_of(task)]
+    return Problem(objective, padded, space, random_plane(space, seed=0), points, EXTENTS[name])
+
+
+def language_model() -> tuple[Any, Task]:
+    tokenizer = load_tokenizer("smollm2")
+    spec = TaskSpec(data="rotten_tomatoes", kind="causal_lm", train_examples=256, max_length=MAX_LENGTH)
+    return load_model("smollm2", "causal_lm", tokenizer=tokenizer), load_task(spec, tokenizer)
+
+
+def trained_bert() -> tuple[Any, Task]:
     tokenizer = load_tokenizer("minilm")
     task = load_task(TaskSpec(data="rotten_tomatoes", train_examples=256, max_length=MAX_LENGTH), tokenizer)
     with seeded(0, "landscape benchmark"):
@@ -83,11 +102,12 @@ def prepare(points: int) -> Problem:
             num_labels=2,
         )
         model = BertForSequenceClassification(config)
-        train(model, [task.collate([task.train[i] for i in range(s, s + BATCH)]) for s in range(0, 256, BATCH)])
-    space = WeightSpace.all(model)
-    objective = Objective.from_dataset(task.train, task.collate, batch_size=BATCH, name="train")
-    batches = [task.collate([task.train[i] for i in range(s, s + BATCH)]) for s in range(0, 256, BATCH)]
-    return Problem(objective, [to_maximum(batch) for batch in batches], space, random_plane(space, seed=0), points)
+        train(model, batches_of(task))
+    return model, task
+
+
+def batches_of(task: Task) -> list[Any]:
+    return [task.collate([task.train[i] for i in range(s, s + BATCH)]) for s in range(0, 256, BATCH)]
 
 
 def train(model: nn.Module, batches: list[Any]) -> None:
@@ -99,25 +119,28 @@ def train(model: nn.Module, batches: list[Any]) -> None:
         optimizer.zero_grad()
 
 
-def to_maximum(batch: Any) -> dict[str, Tensor]:
-    return {
-        name: nn.functional.pad(tensor, (0, MAX_LENGTH - tensor.shape[1])) if tensor.dim() == 2 else tensor
-        for name, tensor in batch.items()
-    }
+def to_maximum(batch: Any) -> BatchEncoding:
+    def padded(name: str, tensor: Tensor) -> Tensor:
+        value = IGNORED if name == "labels" else 0
+        return nn.functional.pad(tensor, (0, MAX_LENGTH - tensor.shape[1]), value=value)
+
+    return BatchEncoding({n: padded(n, tensor) if tensor.dim() == 2 else tensor for n, tensor in batch.items()})
 
 
-def evaluated(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
-    """Mean cross-entropy over a loader, with the accuracy that such loops count as well."""
+def evaluated(model: nn.Module, batches: list[BatchEncoding]) -> float:
+    """Mean cross-entropy over a loader (of tokens, in a language model), with the accuracy that such loops count."""
     criterion = nn.CrossEntropyLoss()
     total, correct, count = 0.0, 0, 0
     with torch.no_grad():
         for batch in batches:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            logits = model(**inputs).logits
-            loss = criterion(logits, batch["labels"])
-            total += loss.item() * len(batch["labels"])
-            count += len(batch["labels"])
-            correct += int((logits.max(1)[1] == batch["labels"]).sum())
+            logits, labels = model(**inputs).logits, batch["labels"]
+            if labels.dim() == 2:
+                logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            number = int((labels != IGNORED).sum())
+            total += criterion(logits, labels).item() * number
+            count += number
+            correct += int((logits.max(1)[1] == labels).sum())
     return total / count
 
 
@@ -128,7 +151,7 @@ def tomgoldstein(problem: Problem) -> Made:
     parameters = [problem.space.parameters[name] for name in names]
     weights = [p.data.clone() for p in parameters]
     first, second = ([axis[name] for name in names] for axis in problem.plane.axes)
-    coordinates = np.linspace(-EXTENT, EXTENT, problem.points)
+    coordinates = np.linspace(-problem.extent, problem.extent, problem.points)
     losses = np.empty((problem.points, problem.points))
     for i, y in enumerate(coordinates):
         for j, x in enumerate(coordinates):
@@ -158,7 +181,7 @@ def landscaper(problem: Problem) -> Made:
         steps=PEER_POINTS,
         distance=0.1,
         dim=2,
-        device="cpu",
+        device=problem.space.device.type,
     )
     return Made(PEER_POINTS**2, None, "its own scaling of the axes; noise is added to its maximum")
 
@@ -178,7 +201,7 @@ def loss_landscapes(problem: Problem) -> Made:
 
 def ours(problem: Problem, **settings: Any) -> Made:
     surface: LossSurface = loss_surface(
-        problem.objective, problem.space, problem.plane, points=problem.points, extent=EXTENT, **settings
+        problem.objective, problem.space, problem.plane, points=problem.points, extent=problem.extent, **settings
     )
     note = f"evaluated {int(surface.evaluated.sum())}, error seen {surface.error:.4f}"
     if surface.precision == "bfloat16":
@@ -198,27 +221,34 @@ VARIANTS: dict[str, tuple[Callable[..., Made], dict[str, Any]]] = {
 PACKAGES = {"landscaper": "landscaper", "loss-landscapes": "loss_landscapes"}
 
 
-def lines(names: list[str], points: int) -> Iterator[dict[str, Any]]:
-    problem = prepare(points)
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def lines(model: str, names: list[str], points: int) -> Iterator[dict[str, Any]]:
+    problem = prepare(model, points)
     before = weights_of(problem.space)
     reference: np.ndarray | None = None
     per_point = float("nan")
     for name in names:
         print(name, file=sys.stderr, flush=True)
         run, settings = VARIANTS[name]
-        line: dict[str, Any] = {"variant": name}
+        line: dict[str, Any] = {"model": model, "variant": name}
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
             yield {**line, "skipped": "pip install --no-deps -r benchmarks/peers.txt"}
             continue
         evaluated(problem.space.model, problem.padded[:2])
-        began = time.process_time()
+        began = now()
         try:
             with contextlib.redirect_stdout(sys.stderr):  # landscaper prints
                 made = run(problem, **settings)
         except Exception as error:  # a peer that fails is a result
             yield {**line, "failed": f"{type(error).__name__}: {error}"}
             continue
-        seconds = time.process_time() - began
+        seconds = now() - began
         grid = made.points if made.losses is None else points**2
         if name == "tomgoldstein":
             reference, per_point = made.losses, seconds / grid
@@ -229,7 +259,8 @@ def lines(names: list[str], points: int) -> Iterator[dict[str, Any]]:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         if name in PACKAGES:
             versions[name] = metadata.version(name)
-        line |= {"note": made.note, "versions": versions}
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, 1 thread"
+        line |= {"note": made.note, "device": device, "versions": versions}
         yield line
         changed = weights_of(problem.space)
         if any(not torch.equal(before[n], changed[n]) for n in before):
@@ -245,11 +276,12 @@ def weights_of(space: WeightSpace) -> Vector:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated")
+    parser.add_argument("--model", default="bert", choices=list(EXTENTS))
     parser.add_argument("--points", type=int, default=21, help="of a side of the grid")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    for line in lines(options.variants.split(","), options.points):
+    for line in lines(options.model, options.variants.split(","), options.points):
         rounded = {key: float(f"{v:.4g}") if isinstance(v, float | np.floating) else v for key, v in line.items()}
         print(json.dumps(rounded), flush=True)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from analysis.core.bucketing import buckets
+from analysis.core.bucketing import LAUNCHES, OVERHEAD, buckets
 from analysis.core.example_losses import ExampleLosses
 from analysis.core.needed import run_model
 from analysis.core.scores import Scores
@@ -95,7 +95,8 @@ class Objective:
             [len(ids) for ids in dataset["input_ids"]] if "input_ids" in dataset.column_names else [1] * len(dataset)
         )
         order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
-        cuts = buckets([lengths[i] for i in order], batch_size)
+        overhead = LAUNCHES if torch.cuda.is_available() else OVERHEAD
+        cuts = buckets([lengths[i] for i in order], batch_size, overhead)
         batches = [collate([dataset[i] for i in order[cut]]) for cut in cuts]
         return cls(batches, name=name, shifted=shifted)
 

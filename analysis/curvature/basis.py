@@ -15,8 +15,10 @@ ROWS = 16
 """Vectors stored in one matrix, by which memory grows, unless they are long."""
 BLOCK = 256 << 20
 """Bytes that such a matrix takes at most, if it holds more than one vector."""
-COLUMNS = 1 << 14
-"""Entries of each vector converted to float64 at a time: a tile of 2 MiB, which stays in the cache."""
+COLUMNS = {"cpu": 1 << 14}
+"""Entries of each vector converted to float64 at a time: on a CPU a tile of 2 MiB, which stays in its cache."""
+LAUNCHED = 1 << 22
+"""The same elsewhere, where a tile costs launches."""
 LITTLE = 0.3
 """Share of a vector's length: a remainder below it is projected again."""
 
@@ -118,8 +120,9 @@ class Basis:
 
     def _columns(self) -> Iterator[tuple[slice, list[tuple[slice, Tensor]]]]:
         """Per stretch of columns: where it lies, and every block's rows there in float64."""
-        for start in range(0, self._size, COLUMNS):
-            columns = slice(start, start + COLUMNS)
+        step = COLUMNS.get(self.device.type, LAUNCHED)
+        for start in range(0, self._size, step):
+            columns = slice(start, start + step)
             tiles = []
             for i, block in enumerate(self._blocks):
                 rows = slice(i * self._rows, min((i + 1) * self._rows, self.length))

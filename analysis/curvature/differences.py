@@ -30,6 +30,7 @@ class DifferenceOperator(CurvatureOperator):
         objective: the mean loss.
         space: where, and with respect to which weights.
         kind: ``"central"`` or ``"one-sided"``.
+        offload: as :class:`CurvatureOperator`.
 
     Attributes:
         as :class:`CurvatureOperator`; ``label`` is "central differences" or "one-sided differences".
@@ -38,10 +39,12 @@ class DifferenceOperator(CurvatureOperator):
         UserError: an unknown kind, or as :class:`CurvatureOperator`.
     """
 
-    def __init__(self, objective: Objective, space: WeightSpace, *, kind: Differences = "central") -> None:
+    def __init__(
+        self, objective: Objective, space: WeightSpace, *, kind: Differences = "central", offload: bool = False
+    ) -> None:
         if kind not in ("central", "one-sided"):
             raise UserError(f"differences is {kind!r}: choose central or one-sided")
-        super().__init__(objective, space)
+        super().__init__(objective, space, offload=offload)
         self.label = f"{kind} differences"
         self._central = kind == "central"
         eps = torch.finfo(self.dtype).eps
@@ -78,7 +81,7 @@ class DifferenceOperator(CurvatureOperator):
 
     def _gradient_at(self, row: Tensor | None, scale: float = 0.0) -> Tensor:
         totals = torch.zeros(self.size, dtype=torch.float64, device=self.device)
-        moved = {} if row is None else self.space.named_vector(row)
+        moved = {} if row is None else self.space.named_vector(row.to(self._at_device))
         with self.space.perturbed(moved, scale), self._shared(totals):
             for index in self._mine:
                 self._add(totals, self._batch_gradient(index), self._share(index))

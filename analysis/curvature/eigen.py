@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from analysis.core.measure import Interrupted, Measure, Watch
+from analysis.core.memory import free_memory
 from analysis.core.objective import Objective
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
@@ -80,6 +81,7 @@ def top_eigenvalues(
     autocast: torch.dtype | None = None,
     differences: Differences | None = None,
     vectors: bool = False,
+    offload: bool = False,
     watch: Watch | None = None,
 ) -> Spectrum:
     """The top ``k`` eigenvalues of ∇²L at the space's weights, by Lanczos with full reorthogonalisation.
@@ -101,7 +103,8 @@ def top_eigenvalues(
             nearby point (another adapter of the same base model: ``Spectrum.vectors``) save more: give them in their
             order, for the last get the largest share. A little noise is added: either may be blind to what is wanted.
         block: Lanczos vectors a step; above 1 finds multiple eigenvalues, for more products.
-        max_basis: Lanczos vectors kept before a restart, each with its product. Default: all, up to 4 GiB.
+        max_basis: Lanczos vectors kept before a restart, each with its product. Default: all, up to 4 GiB, and on a
+            GPU up to a quarter of it.
         curvature: ``"hessian"``, or ``"ggn"`` for the generalised Gauss–Newton matrix.
         backend: a second opinion on the same operator or objective. ``"pyhessian"`` runs PyHessian's power iteration
             (``which="magnitude"`` of the Hessian alone; ``tolerance`` is then the change of the eigenvalue between two
@@ -115,6 +118,8 @@ def top_eigenvalues(
             look: residuals stay near 1e-2. With them, and under autocast, residuals are taken from exact products in
             the weights' own precision, one a pair.
         vectors: return the eigenvectors as well: ``k`` times the memory of the weights.
+        offload: keep all vectors, also those returned, in host memory, for a model on a GPU that has room for little
+            more: it holds one vector and one product at a time.
         watch: told of (products so far, ``max_products``, the worst residual).
 
     Returns:
@@ -128,7 +133,7 @@ def top_eigenvalues(
     _check(space, k, tolerance, max_products, which, backend, start, block, max_basis, curvature, differences, autocast)
     inexact = differences is not None or autocast is not None
     with curvature_operator(
-        objective, space, curvature, graphs=graphs, autocast=autocast, differences=differences
+        objective, space, curvature, graphs=graphs, autocast=autocast, differences=differences, offload=offload
     ) as operator:
         if backend == "lanczos":
             generator = generator_for("lanczos", seed)
@@ -151,7 +156,7 @@ def top_eigenvalues(
             found = replace(rayleigh(operator, [space.flat(v) for v in named], theirs), products=made)
         label = operator.label
     if inexact:
-        found = with_exact_errors(objective, space, curvature, found)
+        found = with_exact_errors(objective, space, curvature, found, offload=offload)
     order = wanted(found.values, which)
     values, errors = found.values[order], found.errors[order]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -177,7 +182,10 @@ def top_eigenvalues(
 
 def _default_basis(operator: CurvatureOperator, k: int, block: int, max_products: int) -> int:
     itemsize = torch.finfo(operator.dtype).bits // 8
-    affordable = BASIS_BUDGET // (2 * operator.size * itemsize)
+    budget = BASIS_BUDGET
+    if operator.device.type == "cuda":
+        budget = max(budget, free_memory(operator.device) // 2)  # graphs may take as much
+    affordable = budget // (2 * operator.size * itemsize)
     return max(2 * k + 3 * block, min(max_products, affordable))
 
 
@@ -241,6 +249,7 @@ class SpectrumSettings(CurvatureSettings):
     block: int = pydantic.Field(default=1, ge=1, le=100, description="Lanczos vectors a step")
     differences: Differences | None = pydantic.Field(default=None, description="central or one-sided, for a quick look")
     backend: Backend = pydantic.Field(default="lanczos", description="lanczos, pyhessian or scipy")
+    offload: bool = pydantic.Field(default=False, description="keep Lanczos vectors in host memory (GPU)")
 
     @pydantic.model_validator(mode="after")
     def _enough_products(self) -> "SpectrumSettings":

@@ -24,6 +24,7 @@ def curvature_operator(
     graphs: Graphs = "auto",
     autocast: torch.dtype | None = None,
     differences: Differences | None = None,
+    offload: bool = False,
 ) -> CurvatureOperator:
     """The Hessian or the Gauss–Newton matrix of the mean loss at the space's weights.
 
@@ -34,6 +35,7 @@ def curvature_operator(
         graphs: kept between products or not (:class:`~analysis.curvature.graphs.GraphOperator`).
         autocast: dtype in which the model runs, with the float32 weights as masters.
         differences: ``"central"`` or ``"one-sided"`` differences of the gradient instead of exact Hessian products.
+        offload: keep vectors and sums in host memory (:class:`~analysis.curvature.operator.CurvatureOperator`).
 
     Raises:
         UserError: an unknown name, or differences asked for together with ``ggn`` or ``autocast``.
@@ -45,6 +47,6 @@ def curvature_operator(
             raise UserError(
                 "finite differences approximate the float32 Hessian: leave out differences, or ggn and autocast"
             )
-        return DifferenceOperator(objective, space, kind=differences)
+        return DifferenceOperator(objective, space, kind=differences, offload=offload)
     kind = HessianOperator if curvature == "hessian" else GaussNewtonOperator
-    return kind(objective, space, graphs=graphs, autocast=autocast)
+    return kind(objective, space, graphs=graphs, autocast=autocast, offload=offload)

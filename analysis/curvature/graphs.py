@@ -30,6 +30,7 @@ class GraphOperator(CurvatureOperator):
             as fit into ``budget``. The numbers are the same, bit for bit.
         budget: bytes, for ``"auto"``; by default graphs are kept while half of the memory stays free.
         autocast: run the model under autocast in this dtype, with the float32 weights as masters.
+        offload: as :class:`CurvatureOperator`.
 
     Attributes:
         as :class:`CurvatureOperator`.
@@ -46,11 +47,12 @@ class GraphOperator(CurvatureOperator):
         graphs: Graphs = "auto",
         budget: int | None = None,
         autocast: torch.dtype | None = None,
+        offload: bool = False,
     ) -> None:
         if graphs not in ("auto", "retain", "rebuild"):
             raise UserError(f"graphs is {graphs!r}: choose auto, retain or rebuild")
         check_autocast(autocast)
-        super().__init__(objective, space)
+        super().__init__(objective, space, offload=offload)
         if autocast is not None and self.dtype == torch.float64:
             raise UserError("autocast leaves float64 weights alone: measure a float32 model, or leave autocast out")
         if autocast is not None:
@@ -76,6 +78,10 @@ class GraphOperator(CurvatureOperator):
     def _build(self, index: int) -> Any:
         """What products with batch ``index`` share."""
 
+    def _kept(self, built: Any) -> Any:
+        """What of it the products need."""
+        return built
+
     @abstractmethod
     def _product(self, graph: Any, parts: list[Tensor], retain: bool) -> Sequence[Tensor | None]:
         """One batch's product with the vector ``parts``; None for parameters on which it is zero."""
@@ -85,7 +91,7 @@ class GraphOperator(CurvatureOperator):
         shapes = list(self.space.parameters.values())
         vectors = [
             [part.view_as(p) for part, p in zip(row.split([p.numel() for p in shapes]), shapes, strict=True)]
-            for row in rows
+            for row in rows.to(self._at_device)
         ]
         with self._shared(totals):
             for index in self._mine:
@@ -100,16 +106,21 @@ class GraphOperator(CurvatureOperator):
         """The batch's graph, and whether it outlives this call."""
         if index in self._graphs:
             return self._graphs[index], True
+        built, keep = self._built(index)
+        return self._kept(built), keep
+
+    def _built(self, index: int) -> tuple[Any, bool]:
+        """What :meth:`_build` gives, and whether its graph is kept."""
         if not self._keeping:
             return self._build_now(index), False
         # Asked at every graph, for other processes may do the same at the same time.
         room = self._room() if self._limited else None
         with self._meter.counting():
-            graph = self._build_now(index)
+            built = self._build_now(index)
         self._keeping = room is None or self._meter.last <= room
         if self._keeping:
-            self._graphs[index] = graph
-        return graph, self._keeping
+            self._graphs[index] = self._kept(built)
+        return built, self._keeping
 
     def _room(self) -> int:
         if self._budget is None:

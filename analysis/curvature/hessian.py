@@ -1,14 +1,15 @@
 """``v ↦ ∇²L·v`` by reverse-over-reverse differentiation.
 
 A product is a forward, a backward and a backward through the backward: 3.7 gradients, or 2.2 where the first two are
-kept (``benchmarks/products.py``). Forward-mode differentiation is avoided: it is silently wrong through ``layer_norm``
-(pytorch#198017).
+kept (``benchmarks/products.py``). Of a batch's gradient its place in the graph is kept, not its values. Forward-mode
+differentiation is avoided: it is silently wrong through ``layer_norm`` (pytorch#198017).
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from analysis.curvature.graphs import GraphOperator
 
@@ -24,9 +25,12 @@ class HessianOperator(GraphOperator):
         parameters = list(self.space.parameters.values())
         return torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
 
-    def _product(self, graph: tuple[Tensor, ...], parts: list[Tensor], retain: bool) -> Sequence[Tensor | None]:
+    def _kept(self, built: tuple[Tensor, ...]) -> list[GradientEdge | None]:
+        return [get_gradient_edge(gradient) if gradient.requires_grad else None for gradient in built]
+
+    def _product(self, graph: list[GradientEdge | None], parts: list[Tensor], retain: bool) -> Sequence[Tensor | None]:
         parameters = list(self.space.parameters.values())
-        pairs = [(gradient, part) for gradient, part in zip(graph, parts, strict=True) if gradient.requires_grad]
+        pairs = [(gradient, part) for gradient, part in zip(graph, parts, strict=True) if gradient is not None]
         if not pairs:  # the gradient is constant
             return [None] * len(parameters)
         return torch.autograd.grad(
@@ -38,4 +42,4 @@ class HessianOperator(GraphOperator):
         )
 
     def _batch_gradient(self, index: int) -> Sequence[Tensor]:
-        return self._graph(index)[0]
+        return self._built(index)[0]

@@ -53,9 +53,10 @@ class CurvatureOperator(ABC):
     Args:
         objective: the mean loss.
         space: where, and with respect to which weights. The model must not change during the operator's life.
+        offload: keep vectors and sums in host memory: the model's device holds one vector and one product at a time.
 
     Attributes:
-        size, dtype, device: of vectors: entries of the space, and what its weights have.
+        size, dtype, device: of vectors: entries of the space, what its weights have, and where they are, or the CPU.
         products: products with one vector made so far.
         label: what is not the exact Hessian names itself here (``kind`` of rows).
 
@@ -65,7 +66,7 @@ class CurvatureOperator(ABC):
 
     label: str = ""
 
-    def __init__(self, objective: Objective, space: WeightSpace) -> None:
+    def __init__(self, objective: Objective, space: WeightSpace, *, offload: bool = False) -> None:
         check_precision(space)
         check_deterministic(objective, space)
         self.objective = objective
@@ -73,7 +74,9 @@ class CurvatureOperator(ABC):
         self.size = space.size
         self.products = 0
         parameter = next(iter(space.parameters.values()))
-        self.dtype, self.device = parameter.dtype, parameter.device
+        self.dtype, self._at_device = parameter.dtype, parameter.device
+        self.device = torch.device("cpu") if offload else self._at_device
+        self._offload = offload
         self._at = _state(space.model)
         shared = dist.is_available() and dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
@@ -116,7 +119,8 @@ class CurvatureOperator(ABC):
             )
         self._check_point()
         with torch.inference_mode(False), torch.enable_grad():
-            totals = self._summed(rows.detach().to(self.device, self.dtype))
+            rows = rows.detach().to(self.device, self.dtype)
+            totals = torch.cat([self._summed(part) for part in rows.split(1)]) if self._offload else self._summed(rows)
         self.products += len(rows)
         result = totals.to(self.dtype)
         if not bool(result.isfinite().all()):
@@ -187,7 +191,7 @@ class CurvatureOperator(ABC):
         for parameter, part in zip(self.space.parameters.values(), parts, strict=True):
             end = start + parameter.numel()
             if part is not None:
-                total[start:end].add_(part.detach().reshape(-1), alpha=share)
+                total[start:end].add_(part.detach().reshape(-1).to(total.device), alpha=share)
             start = end
 
     @contextmanager

@@ -37,7 +37,7 @@ def ritz_pairs(ritz: Ritz, *, vectors: bool) -> Pairs:
 
 def rayleigh(operator: CurvatureOperator, vectors: Sequence[Tensor], values: Sequence[float] | None = None) -> Pairs:
     """Unit vectors with their Rayleigh quotients, unless ``values`` are given, and errors: a product each."""
-    units = torch.stack([(v.double() / tensor_dot(v, v) ** 0.5).to(operator.dtype) for v in vectors])
+    units = torch.stack([(v.double() / tensor_dot(v, v) ** 0.5).to(operator.device, operator.dtype) for v in vectors])
     found, errors = [], []
     for i, (unit, product) in enumerate(zip(units, operator.matmat(units), strict=True)):
         value = tensor_dot(unit, product) if values is None else float(values[i])
@@ -47,7 +47,9 @@ def rayleigh(operator: CurvatureOperator, vectors: Sequence[Tensor], values: Seq
     return Pairs(np.array(found), np.array(errors), list(units))
 
 
-def with_exact_errors(objective: Objective, space: WeightSpace, curvature: Curvature, pairs: Pairs) -> Pairs:
+def with_exact_errors(
+    objective: Objective, space: WeightSpace, curvature: Curvature, pairs: Pairs, *, offload: bool = False
+) -> Pairs:
     """The pairs of an inexact operator with the errors that exact products show, one a pair; the values stay.
 
     Where ``pairs`` were interrupted, or this is, the errors are NaN: the operator's own say nothing of the exact ones.
@@ -58,7 +60,7 @@ def with_exact_errors(objective: Objective, space: WeightSpace, curvature: Curva
     if pairs.interrupted:
         return unknown
     try:
-        with curvature_operator(objective, space, curvature, graphs="rebuild") as exact:
+        with curvature_operator(objective, space, curvature, graphs="rebuild", offload=offload) as exact:
             errors = rayleigh(exact, pairs.vectors, list(pairs.values)).errors
             return Pairs(pairs.values, errors, pairs.vectors, pairs.products + exact.products, pairs.floor)
     except KeyboardInterrupt:

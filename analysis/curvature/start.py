@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from analysis.core.space import WeightSpace
 from analysis.core.vectors import Vector, tensor_dot
 from analysis.curvature.operator import CurvatureOperator
 from bilora.errors import UserError
@@ -29,7 +28,7 @@ def first_block(
     rows = torch.randn(block, operator.size, generator=generator).to(operator.device, operator.dtype)
     if start == "random":
         return rows
-    first = operator.gradient() if start == "gradient" else _sum_of(start, operator.space)
+    first = operator.gradient() if start == "gradient" else _sum_of(start, operator)
     length = tensor_dot(first, first) ** 0.5
     if length:
         # A gradient, or another point's eigenvectors, may have no part in what is wanted here.
@@ -37,12 +36,13 @@ def first_block(
     return rows
 
 
-def _sum_of(vectors: Any, space: WeightSpace) -> Tensor:
+def _sum_of(vectors: Any, operator: CurvatureOperator) -> Tensor:
     """Σ i²·v_i of unit vectors, the most wanted first.
 
     The less wanted lie closer to the rest of the spectrum and converge last: the larger share saves a product or two.
     """
-    total = torch.zeros(space.size, dtype=torch.float64, device=space.device)
+    space = operator.space
+    total = torch.zeros(space.size, dtype=torch.float64, device=operator.device)
     for rank, vector in enumerate(vectors, start=1):
         if not isinstance(vector, Mapping) or vector.keys() != space.parameters.keys():
             raise UserError(
@@ -50,7 +50,7 @@ def _sum_of(vectors: Any, space: WeightSpace) -> Tensor:
                 "give Spectrum.vectors of the same space"
             )
         try:
-            flat = space.flat(space.aligned(dict(vector))).double()
+            flat = space.flat(space.aligned(dict(vector))).to(operator.device).double()
         except ValueError as error:
             raise UserError(f"a start vector does not fit the {space.name} space: {error}") from error
         length = tensor_dot(flat, flat) ** 0.5

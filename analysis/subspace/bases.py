@@ -19,17 +19,17 @@ def overlap(U: Tensor, V: Tensor) -> float:
     return float((U.mT @ V).square().sum()) / smaller if smaller else math.nan
 
 
-def largest_angle(U: Tensor, V: Tensor) -> float:
-    """The largest principal angle in radians, between 0 and π/2; NaN if either basis is empty or not finite.
+def principal_angles(U: Tensor, V: Tensor) -> tuple[float, ...]:
+    """The principal angles in radians, min(p, q) of them from 0 to π/2 in rising order; none if a basis is not finite.
 
-    From its sine and its cosine (Björck & Golub 1973): accurate for small angles too, where the arc cosine loses half
+    From their sines and cosines (Björck & Golub 1973): accurate for small angles too, where the arc cosine loses half
     of the digits.
     """
     if not min(U.shape[1], V.shape[1]) or not (torch.isfinite(U).all() and torch.isfinite(V).all()):
-        return math.nan
+        return ()
     if U.shape[1] < V.shape[1]:
         U, V = V, U
     inner = U.mT @ V
     outside = torch.linalg.qr(V - U @ inner, mode="r").R
-    sine, cosine = torch.linalg.svdvals(outside).max(), torch.linalg.svdvals(inner).min()
-    return math.atan2(float(sine), float(cosine))
+    sines, cosines = torch.linalg.svdvals(outside).flip(0), torch.linalg.svdvals(inner)
+    return tuple(torch.atan2(sines, cosines).tolist())

@@ -8,7 +8,8 @@ With U_t = s·B_t·A_t the update of the merged weight at step t, and T the end:
     distance_to_end    ‖U_t − U_T‖/‖U_T‖
     perturbation_part  ‖s·B·eps_A‖, ‖s·eps_B·A‖, ‖s·eps_B·eps_A‖             (its Figure 2)
     second_order_ratio ‖eps_B·eps_A‖/‖B·eps_A + eps_B·A‖
-    outside_share      ‖(I − P_B)·eps_W·(I − P_A)‖²/‖eps_W‖²                 (:mod:`analysis.subspace.reachable`)
+    outside_share      ‖(I − P_B)·eps_W·(I − P_A)‖²/‖eps_W‖²                 (:mod:`analysis.subspace.reachable`), and
+                       of a factored eps_W its p-value                       (:mod:`analysis.subspace.rotations`)
     overlap            of Col(B) with Col(B2), Row(A) with Row(A2)            (:mod:`analysis.subspace.overlap`)
     balancedness       ½(‖B‖² − ‖A‖²)
     gradient_norm      of A, B and of the auxiliary's factors, before clipping
@@ -24,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from analysis.core.factors import Factors
@@ -33,6 +35,7 @@ from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
 from analysis.settings import MeasureSettings
+from analysis.subspace.lowrank import LowRank
 from analysis.subspace.overlap import subspace_overlap
 from analysis.subspace.perturbations import factored, induced
 from analysis.subspace.products import (
@@ -43,6 +46,7 @@ from analysis.subspace.products import (
     relative_distance,
 )
 from analysis.subspace.reachable import ReachableSet, squared_norm
+from analysis.subspace.rotations import concentration, share_p_value, share_variance
 from bilora.adapters.norms import squared_product_norm
 from bilora.errors import UserError
 from bilora.training.recording import LayerMoment, Moment, Recording, is_recorded, read_recording
@@ -170,20 +174,39 @@ class _Rows:
 
     def _outside(self) -> None:
         """Outside share and norm of the perturbation applied; nothing where there was none."""
-        found: list[tuple[float, float, float]] = []
+        found: dict[str, tuple[float, float, float, float]] = {}
         for layer, at in self._moment.layers.items():
             reachable = ReachableSet.of(self._primary[layer])
-            squares = _squares_of(at, self._auxiliary.get(layer), reachable)
-            if squares is None:
-                continue
-            norm, outside = squares
-            found.append((norm, outside, reachable.chance * norm))
-            share = ratio(outside, norm)
-            self._add("outside_share", share, layer=layer, chance=reachable.chance, induced_norm=math.sqrt(norm))
+            eps = self._factored(layer, at)
+            if eps is not None:
+                variance = share_variance(concentration(eps), reachable.shape, reachable.ranks)
+                squares = squared_norm(eps), squared_norm(reachable.outside(eps))
+                found[layer] = (*squares, reachable.chance, variance)
+            elif at.noise is not None:
+                found[layer] = (*at.noise, reachable.chance, math.nan)
+        for layer, values in found.items():
+            self._add_share([values], layer)
         if found:
-            norm, outside, weighted = (math.fsum(column) for column in zip(*found, strict=True))
-            chance = ratio(weighted, norm)
-            self._add("outside_share", ratio(outside, norm), chance=chance, induced_norm=math.sqrt(norm))
+            self._add_share([*found.values()])
+
+    def _factored(self, layer: str, at: LayerMoment) -> LowRank | None:
+        """The perturbation applied; None where there was none, or one of W itself."""
+        auxiliary, step = self._auxiliary.get(layer), at.factor_step()
+        if at.noise is not None:
+            return None
+        if auxiliary is not None:
+            return factored(auxiliary)
+        return None if step is None else induced(self._primary[layer], *step)
+
+    def _add_share(self, squares: list[tuple[float, float, float, float]], layer: str = "") -> None:
+        """Of some layers together, from ‖eps_W‖², what of it is outside, and mean and variance by chance of each."""
+        weights, outside, means, variances = np.array(squares).T
+        whole = float(weights.sum())
+        share, chance = ratio(float(outside.sum()), whole), ratio(float(means @ weights), whole)
+        where: dict[str, Any] = {"layer": layer, "induced_norm": math.sqrt(whole)}
+        self._add("outside_share", share, chance=chance, **where)
+        if not np.isnan(variances).any():
+            self._add("outside_share_p_value", share_p_value(share, means, variances, weights), **where)
 
     def _overlaps(self) -> None:
         """Overlap of primary and auxiliary subspaces, with its chance level."""
@@ -191,20 +214,6 @@ class _Rows:
             for found in subspace_overlap(self._primary, self._auxiliary).rows():
                 if found["quantity"] == "overlap":
                     self._found.append({**found, "measure": NAME, "index": self._moment.step})
-
-
-def _squares_of(at: LayerMoment, auxiliary: Factors | None, reachable: ReachableSet) -> tuple[float, float] | None:
-    """‖eps_W‖² and its part out of reach; None where nothing was perturbed."""
-    if at.noise is not None:
-        return at.noise
-    step = at.factor_step()
-    if auxiliary is not None:
-        eps = factored(auxiliary)
-    elif step is not None:
-        eps = induced(_primary(at), *step)
-    else:
-        return None
-    return squared_norm(eps), squared_norm(reachable.outside(eps))
 
 
 def _primary(at: LayerMoment) -> Factors:

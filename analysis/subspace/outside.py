@@ -9,7 +9,7 @@ first-order rise that a perturbation of this length attains.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from analysis.core.vectors import Vector
 from analysis.subspace import perturbations
 from analysis.subspace.perturbations import KINDS, Kind
 from analysis.subspace.reachable import Perturbation, ReachableSet, inner, squared_norm
+from analysis.subspace.rotations import alignment_p_value, concentration, share_p_value, share_variance
 from bilora.errors import UserError
 
 
@@ -43,6 +44,10 @@ class Reach:
     chances: npt.NDArray[np.float64]  # (L,): mean share of random perturbations
     ascents: npt.NDArray[np.float64]  # (L,): ⟨eps_W, G⟩
     gradient_squared_norms: npt.NDArray[np.float64]  # (L,): ‖G‖²
+    variances: npt.NDArray[np.float64]  # (L,): of the share of random perturbations
+    sizes: npt.NDArray[np.float64]  # (L,): m·n
+    concentrations: npt.NDArray[np.float64]  # (L,): Σσ⁴/(Σσ²)² of eps_W
+    gradient_concentrations: npt.NDArray[np.float64]  # (L,): the same of G
 
     @property
     def share(self) -> float:
@@ -60,21 +65,39 @@ class Reach:
         squared = float(self.squared_norms.sum()) * float(self.gradient_squared_norms.sum())
         return _ratio(float(self.ascents.sum()), math.sqrt(squared))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """``outside_share`` and ``alignment`` of every layer, and of the whole (``layer=""``)."""
-        rows = []
-        for i, layer in enumerate(self.layers):
-            squared = float(self.squared_norms[i])
-            cosine = _ratio(float(self.ascents[i]), math.sqrt(squared * float(self.gradient_squared_norms[i])))
-            share = _ratio(float(self.outside[i]), squared)
-            rows += self._pair(layer, share, float(self.chances[i]), cosine, math.sqrt(squared))
-        return rows + self._pair("", self.share, self.chance, self.alignment, math.sqrt(self.squared_norms.sum()))
+    @property
+    def share_p_value(self) -> float:
+        """How often random perturbations would be confined as much (:mod:`analysis.subspace.rotations`)."""
+        return share_p_value(self.share, self.chances, self.variances, self.squared_norms)
 
-    def _pair(self, layer: str, share: float, chance: float, cosine: float, length: float) -> list[dict[str, Any]]:
+    @property
+    def alignment_p_value(self) -> float:
+        """How often random perturbations would have a cosine at least as far from 0."""
+        whole = float(self.squared_norms.sum()) * float(self.gradient_squared_norms.sum())
+        if not whole:
+            return math.nan
+        variances = self.squared_norms * self.gradient_squared_norms / self.sizes / whole
+        return alignment_p_value(self.alignment, variances, (self.concentrations, self.gradient_concentrations))
+
+    def of_layer(self, index: int) -> "Reach":
+        """The same of one layer alone."""
+        fields = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        only: dict[str, Any] = {name: value[index : index + 1] for name, value in fields.items()}
+        return replace(self, layers=(self.layers[index],), **only)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """``outside_share`` and ``alignment`` with their p-values, of every layer and of the whole (``layer=""``)."""
+        rows = [r for i, layer in enumerate(self.layers) for r in self.of_layer(i)._rows_of(layer)]
+        return rows + self._rows_of("")
+
+    def _rows_of(self, layer: str) -> list[dict[str, Any]]:
+        length = math.sqrt(self.squared_norms.sum())
         where = {"space": "full", "kind": self.kind, "split": self.split, "layer": layer, "induced_norm": length}
         return [
-            row("subspace", "outside_share", share, chance=chance, **where),
-            row("subspace", "alignment", cosine, chance=0.0, **where),
+            row("subspace", "outside_share", self.share, chance=self.chance, **where),
+            row("subspace", "outside_share_p_value", self.share_p_value, **where),
+            row("subspace", "alignment", self.alignment, chance=0.0, **where),
+            row("subspace", "alignment_p_value", self.alignment_p_value, **where),
         ]
 
 
@@ -95,11 +118,17 @@ def reach_of(
         gradient: ``<layer>.weight`` → G (m, n).
         split: which examples the gradient is of.
     """
-    columns: list[tuple[float, float, float, float, float]] = []
+    columns: list[tuple[float, ...]] = []
     for layer, f in factors.items():
         reachable, e, G = ReachableSet.of(f), eps[layer], gradient[f"{layer}.weight"]
-        outside = squared_norm(reachable.outside(e))
-        columns.append((squared_norm(e), outside, reachable.chance, inner(e, G), squared_norm(G)))
+        outside, own = squared_norm(reachable.outside(e)), concentration(e)
+        variance = share_variance(own, reachable.shape, reachable.ranks)
+        columns.append(
+            (
+                *(squared_norm(e), outside, reachable.chance, inner(e, G), squared_norm(G)),
+                *(variance, math.prod(reachable.shape), own, concentration(G)),
+            )
+        )
     return Reach(kind, split, tuple(factors), *np.array(columns, dtype=np.float64).T)
 
 

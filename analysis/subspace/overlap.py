@@ -18,7 +18,7 @@ from analysis.core.factors import Factors
 from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
-from analysis.subspace.bases import largest_angle, overlap
+from analysis.subspace.bases import overlap, principal_angles
 from analysis.subspace.chance import overlap_p_value
 from bilora.adapters.bases import column_basis, row_basis
 from bilora.errors import UserError
@@ -36,7 +36,7 @@ class LayerOverlap:
         side: ``"column"`` for Col(B1) with Col(B2), ``"row"`` for Row(A1) with Row(A2).
         overlap: between 0 and 1; NaN if a factor is zero (nothing to compare) or not finite.
         chance: mean overlap of random subspaces of these dimensions; where a space is empty, of the nominal rank.
-        angle: largest principal angle, radians.
+        angles: principal angles, radians, rising; none where the overlap is NaN.
         p_value: share of random pairs of subspaces that overlap at least as much (:mod:`analysis.subspace.chance`).
     """
 
@@ -44,7 +44,7 @@ class LayerOverlap:
     side: Literal["column", "row"]
     overlap: float
     chance: float
-    angle: float
+    angles: tuple[float, ...]
     p_value: float = math.nan
 
 
@@ -70,7 +70,7 @@ class SubspaceOverlap:
         return float(np.mean([value <= LEVEL for value in values])) if values else math.nan
 
     def rows(self) -> list[dict[str, Any]]:
-        """``overlap``, ``overlap_p_value`` and ``largest_angle`` per layer and side.
+        """``overlap``, ``overlap_p_value`` and each ``principal_angle`` (``index`` from 1) per layer and side.
 
         Of the whole (``layer=""``) the mean ``overlap``, and as ``above_chance`` the share of layers that overlap more
         than 95 % of random ones: 0.05 by chance.
@@ -80,7 +80,8 @@ class SubspaceOverlap:
             where = {"space": "lora", "kind": x.side, "layer": x.layer}
             rows.append(row("subspace", "overlap", x.overlap, chance=x.chance, **where))
             rows.append(row("subspace", "overlap_p_value", x.p_value, **where))
-            rows.append(row("subspace", "largest_angle", x.angle, **where))
+            for i, angle in enumerate(x.angles, start=1):
+                rows.append(row("subspace", "principal_angle", angle, index=i, **where))
         for side in ("column", "row"):
             value, chance = self.mean(side)
             rows.append(row("subspace", "overlap", value, chance=chance, space="lora", kind=side))
@@ -98,7 +99,7 @@ def _compared(layer: str, side: Literal["column", "row"], first: Tensor, second:
     dimensions = (U.shape[1], V.shape[1]) if min(U.shape[1], V.shape[1]) else nominal
     value = overlap(U, V)
     p_value = overlap_p_value(value, U.shape[1], V.shape[1], ambient)
-    return LayerOverlap(layer, side, value, max(dimensions) / ambient, largest_angle(U, V), p_value)
+    return LayerOverlap(layer, side, value, max(dimensions) / ambient, principal_angles(U, V), p_value)
 
 
 def primary_factors(source: Trained | WeightSpace | Mapping[str, Factors]) -> Mapping[str, Factors]:

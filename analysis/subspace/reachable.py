@@ -33,9 +33,19 @@ class ReachableSet:
         return cls(column_basis(factors.B), row_basis(factors.A))
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """m and n."""
+        return self.columns.shape[0], self.rows.shape[0]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """p and q, of B and A."""
+        return self.columns.shape[1], self.rows.shape[1]
+
+    @property
     def chance(self) -> float:
         """Mean outside share of random perturbations: (1 − p/m)(1 − q/n)."""
-        (m, p), (n, q) = self.columns.shape, self.rows.shape
+        (m, n), (p, q) = self.shape, self.ranks
         return (1 - p / m) * (1 - q / n)
 
     def outside(self, perturbation: Perturbation) -> Perturbation:

@@ -4,14 +4,14 @@ from functools import cache
 
 import pytest
 
-from analysis.core.bucketing import OVERHEAD, buckets
+from analysis.core.bucketing import LAUNCHES, OVERHEAD, buckets
 
 
-def cost(lengths, cuts):
-    return sum(len(lengths[cut]) * lengths[cut][0] + OVERHEAD for cut in cuts)
+def cost(lengths, cuts, overhead):
+    return sum(len(lengths[cut]) * lengths[cut][0] + overhead for cut in cuts)
 
 
-def least(lengths, most):
+def least(lengths, most, overhead):
     """The least cost of any way to cut, by trying all."""
 
     @cache
@@ -19,7 +19,7 @@ def least(lengths, most):
         if first == len(lengths):
             return 0
         sizes = range(1, min(most, len(lengths) - first) + 1)
-        return min(size * lengths[first] + OVERHEAD + of(first + size) for size in sizes)
+        return min(size * lengths[first] + overhead + of(first + size) for size in sizes)
 
     return of(0)
 
@@ -30,11 +30,12 @@ def least(lengths, most):
     [[64] * 7, [500, 400, 300, 20, 19, 18, 17], list(range(90, 10, -1)), [1000, *[3] * 40], [1]],
     ids=["equal", "a gap", "falling", "one long", "one"],
 )
-def test_no_other_cut_costs_less(lengths, most):
-    cuts = buckets(lengths, most)
+@pytest.mark.parametrize("overhead", [OVERHEAD, LAUNCHES])
+def test_no_other_cut_costs_less(lengths, most, overhead):
+    cuts = buckets(lengths, most, overhead)
     assert [i for cut in cuts for i in range(cut.start, cut.stop)] == list(range(len(lengths)))
     assert max(cut.stop - cut.start for cut in cuts) <= most
-    assert cost(lengths, cuts) == least(lengths, most)
+    assert cost(lengths, cuts, overhead) == least(lengths, most, overhead)
 
 
 def test_batches_of_equal_lengths_are_full():

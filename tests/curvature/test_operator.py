@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis.core import Objective, WeightSpace, gaussian
-from analysis.curvature import GaussNewtonOperator, HessianOperator, spectral_density, trace
+from analysis.curvature import DifferenceOperator, GaussNewtonOperator, HessianOperator, spectral_density, trace
 from analysis.curvature.graphs import GraphMeter
 from bilora.errors import UserError
 from tests.oracles import tiny
@@ -48,6 +48,32 @@ def test_kept_and_rebuilt_graphs_give_the_same_bits(kind):
             found.append([operator(v) for _ in range(2)])
     for products in found:
         assert all(torch.equal(product[name], part) for product in products for name, part in found[0][0].items())
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator, DifferenceOperator])
+def test_offloaded_products_are_the_same(space, kind):
+    """Vector by vector instead of many at once; tests/test_cuda.py has them on two devices."""
+    rows = torch.stack([space.flat(gaussian(space, 0, index)) for index in range(3)])
+    with kind(Objective(BATCHES), space) as here, kind(Objective(BATCHES), space, offload=True) as away:
+        assert torch.equal(away.matmat(rows), here.matmat(rows))
+        assert torch.equal(away.gradient(), here.gradient())
+        assert away.products == 3
+
+
+def test_a_kept_graph_holds_no_values_of_the_gradient(space, monkeypatch):
+    held, build = [], HessianOperator._build
+
+    def watched(self, index):
+        built = build(self, index)
+        held.extend(weakref.ref(gradient) for gradient in built)
+        return built
+
+    monkeypatch.setattr(HessianOperator, "_build", watched)
+    with HessianOperator(Objective(BATCHES), space, graphs="retain") as operator:
+        first = operator.gradient()
+        assert operator.retained == 4
+        assert all(reference() is None for reference in held)
+        assert torch.equal(operator.gradient(), first)
 
 
 def test_the_bytes_of_a_graph_are_those_it_saves():

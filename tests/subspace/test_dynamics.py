@@ -6,9 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis.core.factors import Factors
 from analysis.core.result import COLUMNS
 from analysis.frame import rows_frame
 from analysis.subspace.dynamics import run_dynamics
+from analysis.subspace.outside import reach_of
+from analysis.subspace.perturbations import factored
 from bilora.training.recording import About, LayerMoment, Moment, join_moments, read_recording, write_moment
 
 SHAPES = {"encoder.layer.0.a": (9, 7), "encoder.layer.1.b": (6, 11)}
@@ -153,6 +156,21 @@ def test_outside_share_is_that_of_the_dense_perturbation(tmp_path, kind):
         assert value(frame, "outside_share", moment.step)["value"] == pytest.approx(above / below, rel=1e-9)
 
 
+def test_the_test_against_chance_is_that_of_saved_adapters(tmp_path):
+    """Of one layer and of all, as ``reach_of`` makes it; tests/subspace/test_rotations.py shows that it is right."""
+    moments, frame = made(tmp_path, auxiliary_step)
+    first = moments[0]
+    factors = {name: Factors(x.B, x.A, SCALE) for name, x in first.layers.items()}
+    eps = {name: factored(Factors(x.auxiliary_B, x.auxiliary_A, 0.5)) for name, x in first.layers.items()}
+    gradient = {f"{name}.weight": torch.ones(len(f.B), f.A.shape[1]) for name, f in factors.items()}
+    expected = [r for r in reach_of("auxiliary", eps, factors, gradient).rows() if "share_p" in r["quantity"]]
+    assert len(expected) == len(first.layers) + 1
+    for r in expected:
+        found = value(frame, "outside_share_p_value", first.step, r["layer"])["value"]
+        assert 0 < found < 1
+        assert found == pytest.approx(r["value"], rel=1e-9)
+
+
 def test_first_order_perturbations_of_the_factors_are_within_reach(tmp_path):
     def small(step, shape, generator):
         x = factor_step(step, shape, generator)
@@ -162,6 +180,7 @@ def test_first_order_perturbations_of_the_factors_are_within_reach(tmp_path):
     shares = frame[frame["quantity"] == "outside_share"]["value"]
     assert len(shares) == 6
     assert (shares < 1e-13).all()
+    assert (frame[frame["quantity"] == "outside_share_p_value"]["value"] < 1e-12).all()
 
 
 def test_noise_is_read_as_it_was_summed_up(tmp_path):
@@ -174,6 +193,7 @@ def test_noise_is_read_as_it_was_summed_up(tmp_path):
     whole = value(frame, "outside_share", 0)
     assert whole["value"] == pytest.approx(3.5 / 5)
     assert whole["induced_norm"] == pytest.approx(math.sqrt(5))
+    assert "outside_share_p_value" not in set(frame["quantity"])  # the singular values were not recorded
 
 
 def test_norms_balance_and_numbers(tmp_path):

@@ -32,8 +32,8 @@ def test_planted_overlap_layer_by_layer_and_mean():
     assert found["a", "column"].overlap == pytest.approx(0.5, abs=1e-12)
     assert found["a", "row"].overlap == pytest.approx(1.0, abs=1e-12)
     assert found["b", "column"].overlap == pytest.approx(0.0, abs=1e-12)
-    assert found["a", "column"].angle == pytest.approx(math.pi / 2)
-    assert found["a", "row"].angle == pytest.approx(0.0, abs=1e-10)
+    assert found["a", "column"].angles == pytest.approx((0, math.pi / 2), abs=1e-10)
+    assert found["a", "row"].angles == pytest.approx((0, 0), abs=1e-10)
     assert {x.chance for x in result.layers} == {2 / 12}
     assert result.mean("column") == pytest.approx((0.25, 2 / 12), abs=1e-12)
     assert result.mean("row") == pytest.approx((0.5, 2 / 12), abs=1e-12)
@@ -97,13 +97,14 @@ def test_rows():
     rows = result.rows()
     assert all(tuple(r) == COLUMNS for r in rows)
     named = {(r["quantity"], r["kind"], r["layer"]): r for r in rows}
+    angles = {(r["kind"], r["index"]): r["value"] for r in rows if r["quantity"] == "principal_angle"}
     for x in result.layers:
+        assert tuple(angles[x.side, i] for i in (1, 2, 3)) == x.angles
         assert named["overlap", x.side, "a"]["value"] == named["overlap", x.side, ""]["value"] == x.overlap
         assert named["overlap", x.side, ""]["chance"] == x.chance
-        assert named["largest_angle", x.side, "a"]["value"] == x.angle
         assert named["overlap_p_value", x.side, "a"]["value"] == x.p_value
         assert named["above_chance", x.side, ""]["value"] == float(x.p_value <= 0.05)
-    assert len(rows) == 10
+    assert len(rows) == 14
     assert {(r["measure"], r["space"]) for r in rows} == {("subspace", "lora")}
 
 
