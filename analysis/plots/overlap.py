@@ -15,6 +15,7 @@ from analysis.statistics import summarize
 
 SIDES = {"column": "columns: Col(B₁) with Col(B₂)", "row": "rows: Row(A₁) with Row(A₂)"}
 PERTURBATIONS = {
+    "applied": "as applied\n(recorded)",
     "lora_sam": "LoRA-SAM",
     "auxiliary": "auxiliary\ns₂·B₂A₂",
     "gradient_rank_r": "gradient,\nrank r",

@@ -35,9 +35,8 @@ from analysis.core.result import row
 from analysis.core.space import WeightSpace
 from analysis.core.trained import Trained
 from analysis.settings import MeasureSettings
-from analysis.subspace.lowrank import LowRank
 from analysis.subspace.overlap import subspace_overlap
-from analysis.subspace.perturbations import factored, induced
+from analysis.subspace.perturbations import factored, recorded
 from analysis.subspace.products import (
     balancedness,
     cosine,
@@ -177,7 +176,7 @@ class _Rows:
         found: dict[str, tuple[float, float, float, float]] = {}
         for layer, at in self._moment.layers.items():
             reachable = ReachableSet.of(self._primary[layer])
-            eps = self._factored(layer, at)
+            eps = recorded(at)
             if eps is not None:
                 variance = share_variance(concentration(eps), reachable.shape, reachable.ranks)
                 squares = squared_norm(eps), squared_norm(reachable.outside(eps))
@@ -188,15 +187,6 @@ class _Rows:
             self._add_share([values], layer)
         if found:
             self._add_share([*found.values()])
-
-    def _factored(self, layer: str, at: LayerMoment) -> LowRank | None:
-        """The perturbation applied; None where there was none, or one of W itself."""
-        auxiliary, step = self._auxiliary.get(layer), at.factor_step()
-        if at.noise is not None:
-            return None
-        if auxiliary is not None:
-            return factored(auxiliary)
-        return None if step is None else induced(self._primary[layer], *step)
 
     def _add_share(self, squares: list[tuple[float, float, float, float]], layer: str = "") -> None:
         """Of some layers together, from ‖eps_W‖², what of it is outside, and mean and variance by chance of each."""

@@ -5,9 +5,11 @@
     rank_r_share       ⟨eps_W, G⟩/(rho·‖G_r‖),     1 for rho·G_r/‖G_r‖, the best of rank r in every layer
 
 The perturbations are those of :mod:`analysis.subspace.perturbations`, each over all adapted layers together and of the
-same realised length. LoRA-SAM's is no multiple of one matrix: its length in factor space is the one at which ‖eps_W‖ is
-rho. It has rank 2r, and depends on the gauge of the factors; noise and the gradient have full rank: their rank_r_share
-may exceed 1. ``isotropic`` noise is the level of chance. Of random kinds there are several draws.
+same realised length, and as ``applied`` what the last recorded step of the run itself applied, where that is known in
+factors: at that step's own batch and weights, so that it need not be what the method would do here. LoRA-SAM's is no
+multiple of one matrix: its length in factor space is the one at which ‖eps_W‖ is rho. It has rank 2r, and depends on
+the gauge of the factors; noise and the gradient have full rank: their rank_r_share may exceed 1. ``isotropic`` noise is
+the level of chance. Of random kinds there are several draws.
 
 The best rise is itself a lower bound: the highest of two searches with restarts (:mod:`analysis.sharpness.ascent`), and
 never below that of any of the perturbations compared. ``late_gain`` is what the last quarter of the steps added to it,
@@ -37,13 +39,14 @@ from analysis.sharpness.ascent import Ball, centre, late_gain, worst
 from analysis.sharpness.random import Progress, filter_noise, isotropic_noise, standard_errors
 from analysis.sharpness.scaling import scaling_of
 from analysis.subspace.lowrank import LowRank, leading_squared_norm
-from analysis.subspace.perturbations import factored, induced, rank_r
+from analysis.subspace.perturbations import factored, induced, last_applied, rank_r
 from analysis.subspace.products import ratio
 from analysis.subspace.reachable import Perturbation
 from bilora.errors import UserError
+from bilora.training.recording import is_recorded, read_recording
 
 NAME = "efficiency"
-Kind = Literal["auxiliary", "lora_sam", "gradient", "gradient_rank_r", "filter_noise", "isotropic"]
+Kind = Literal["applied", "auxiliary", "lora_sam", "gradient", "gradient_rank_r", "filter_noise", "isotropic"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RANDOM = ("filter_noise", "isotropic")
 Array = npt.NDArray[np.float64]
@@ -114,6 +117,7 @@ def ascent_efficiency(
     radii: Sequence[float] = (0.05,),
     *,
     auxiliary: Mapping[str, Factors] | None = None,
+    applied: Mapping[str, LowRank] | None = None,
     draws: int = 4,
     steps: int = 10,
     restarts: int = 1,
@@ -128,6 +132,7 @@ def ascent_efficiency(
         lora: the LoRA space of the same model; likewise.
         radii: lengths ‖eps_W‖ over all adapted layers.
         auxiliary: factors of Bi-LoRA's auxiliary pair; None for a method that has none.
+        applied: layer → the perturbation of a recorded step; None or empty where there is none.
         draws: of noise.
         steps, restarts: of the search for the best rise, as at
             :func:`~analysis.sharpness.worst_case.worst_case_sharpness`.
@@ -138,7 +143,11 @@ def ascent_efficiency(
         UserError: a setting out of range, or a loss or gradient that is not finite.
     """
     settings = EfficiencySettings.checked(radii=tuple(radii), draws=draws, steps=steps, restarts=restarts, seed=seed)
-    kinds = [kind for kind in KINDS if kind != "auxiliary" or auxiliary]
+    given: dict[Kind, Mapping[str, Perturbation]] = {
+        "applied": applied or {},
+        "auxiliary": {name: factored(f) for name, f in (auxiliary or {}).items()},
+    }
+    kinds = [kind for kind in KINDS if given.get(kind, True)]
     passes = sum(settings.draws if kind in RANDOM else 1 for kind in kinds)
     each = passes + 2 * settings.restarts * settings.steps
     total = 2 + len(settings.radii) * each
@@ -149,7 +158,7 @@ def ascent_efficiency(
     assert gradient is not None  # or centre would have raised
     factor_gradient = objective.gradient(lora)
     progress.step()
-    made = _Perturbations(full, lora, gradient, factor_gradient, auxiliary or {}, settings)
+    made = _Perturbations(full, lora, gradient, factor_gradient, given, settings)
     size, size_r = norm(gradient), _rank_r_norm(gradient, lora.factors)
     attained: list[Attained] = []
     best: dict[float, float] = {}
@@ -190,19 +199,19 @@ class _Perturbations:
         lora: WeightSpace,
         gradient: Vector,
         factor_gradient: Vector,
-        auxiliary: Mapping[str, Factors],
+        given: Mapping[Kind, Mapping[str, Perturbation]],
         settings: EfficiencySettings,
     ) -> None:
         self._full, self._lora, self._gradient, self._settings = full, lora, gradient, settings
         length = norm(factor_gradient)
         self._unit = scaled(factor_gradient, 1 / length) if length else factor_gradient
-        self._auxiliary = auxiliary
+        self._given = given
 
     def of(self, kind: Kind, radius: float) -> list[Vector]:
         """One perturbation, or several draws, of length ``radius``; none where the direction is zero."""
         match kind:
-            case "auxiliary":
-                found = [self._dense({name: factored(f) for name, f in self._auxiliary.items()})]
+            case "applied" | "auxiliary":
+                found = [self._dense(self._given[kind])]
             case "lora_sam":
                 return self._lora_sam(radius)
             case "gradient":
@@ -257,7 +266,17 @@ def _run(
     if trained is None:
         raise UserError("measure efficiency needs a LoRA adapter: give an adapter folder, not a plain model")
     full = WeightSpace.full(trained.model)
-    return ascent_efficiency(objective, full, space, auxiliary=trained.auxiliary, watch=watch, **settings.model_dump())
+    run = trained.folder
+    applied = last_applied(read_recording(run)) if run is not None and is_recorded(run) else None
+    return ascent_efficiency(
+        objective,
+        full,
+        space,
+        auxiliary=trained.auxiliary,
+        applied=applied,
+        watch=watch,
+        **settings.model_dump(),
+    )
 
 
 MEASURE = Measure(

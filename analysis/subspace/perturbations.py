@@ -23,6 +23,7 @@ from analysis.core.vectors import Vector, norm, scaled
 from analysis.sharpness.random import filter_noise
 from analysis.subspace.lowrank import LowRank, leading_part
 from analysis.subspace.reachable import Perturbation
+from bilora.training.recording import LayerMoment, Recording
 
 Kind = Literal["auxiliary", "lora_sam", "gradient", "gradient_rank_r", "filter_noise"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -38,6 +39,26 @@ def induced(factors: Factors, eps_B: torch.Tensor, eps_A: torch.Tensor) -> LowRa
     """``s·((B + eps_B)(A + eps_A) − B·A) = s·[B, eps_B]·[eps_A; A + eps_A]``, of rank at most 2r."""
     B, A, eps_B, eps_A = (t.detach().double() for t in (factors.B, factors.A, eps_B, eps_A))
     return LowRank(factors.scale * torch.cat([B, eps_B], dim=1), torch.cat([eps_A, A + eps_A], dim=0))
+
+
+def recorded(at: LayerMoment) -> LowRank | None:
+    """What a recorded step added to the layer's merged weight; None where nothing, or noise of W's own size, was."""
+    if at.noise is not None:
+        return None
+    if at.auxiliary_A is not None and at.auxiliary_B is not None:
+        return factored(Factors(at.auxiliary_B, at.auxiliary_A, at.auxiliary_scale))
+    step = at.factor_step()
+    return None if step is None else induced(Factors(at.B, at.A, at.scale), *step)
+
+
+def last_applied(recording: Recording) -> dict[str, LowRank]:
+    """The perturbation of the last recorded step that had one, layer by layer; empty where none was recorded."""
+    for step in reversed(recording.steps):
+        found = {layer: recorded(at) for layer, at in recording.at(step).layers.items()}
+        eps = {layer: e for layer, e in found.items() if e is not None}
+        if eps:
+            return eps
+    return {}
 
 
 def lora_sam(objective: Objective, space: WeightSpace, rho: float) -> dict[str, LowRank]:

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from analysis import WeightSpace
-from analysis.core import COLUMNS, Factors
+from analysis.core import COLUMNS, Factors, Trained
 from analysis.core.vectors import norm, scaled
-from analysis.subspace.efficiency import KINDS, RANDOM, ascent_efficiency
+from analysis.subspace.efficiency import KINDS, MEASURE, RANDOM, ascent_efficiency
+from analysis.subspace.lowrank import LowRank
+from analysis.subspace.perturbations import last_applied, recorded
 from bilora.errors import UserError
+from bilora.training.recording import About, LayerMoment, Moment, join_moments, read_recording, write_moment
 from tests.sharpness.cases import (
     Fault,
     assert_same_bits,
@@ -43,7 +46,17 @@ def case():
 @pytest.fixture(scope="module")
 def measured(case):
     _, full, lora, auxiliary = case
-    return ascent_efficiency(bert_objective(), full, lora, [RADIUS, 0.2], auxiliary=auxiliary, draws=3, steps=6)
+    return ascent_efficiency(
+        bert_objective(), full, lora, [RADIUS, 0.2], auxiliary=auxiliary, applied=steps_of(lora), draws=3, steps=6
+    )
+
+
+def steps_of(lora):
+    """A perturbation of rank 1 in every layer."""
+    return {
+        layer: LowRank(normal(f.B.shape[0], 1, seed=200 + i), normal(1, f.A.shape[1], seed=300 + i))
+        for i, (layer, f) in enumerate(lora.factors.items())
+    }
 
 
 def of(measured, kind, radius=RADIUS):
@@ -122,6 +135,7 @@ def test_only_lora_sam_depends_on_the_gauge(case, measured):
         WeightSpace.lora(other),
         [RADIUS],
         auxiliary=auxiliary,
+        applied=steps_of(case[2]),
         draws=3,
         steps=6,
     )
@@ -153,10 +167,38 @@ def test_without_an_auxiliary_there_is_none_and_progress_reaches_its_end():
     found = ascent_efficiency(
         bert_objective(), full, lora, [RADIUS, 0.2], draws=1, steps=2, watch=lambda *seen: told.append(seen)
     )
-    assert [a.kind for a in found.attained] == 2 * [kind for kind in KINDS if kind != "auxiliary"]
+    assert [a.kind for a in found.attained] == 2 * [kind for kind in KINDS if kind not in ("applied", "auxiliary")]
     steps = [done for done, _, _ in told]
     assert steps == [*range(1, steps[-1] + 1)]
     assert {most for _, most, _ in told} == {steps[-1]}
+
+
+def test_what_a_recorded_run_applied_last_is_one_of_the_kinds(case, measured, tmp_path):
+    """Read from the run's folder by the measure: at the last step that had a perturbation, auxiliary or of factors."""
+    model, _, lora, auxiliary = case
+    about = About("made", {}, 0, 5, 10)
+    for step, last in ((0, False), (5, True), (10, False)):
+        layers = {}
+        for layer, f in lora.factors.items():
+            B, A = f.B.detach(), f.A.detach()
+            pair = auxiliary[layer]
+            held = {"auxiliary_B": pair.B, "auxiliary_A": pair.A, "auxiliary_scale": pair.scale} if last else {}
+            layers[layer] = LayerMoment(A, B, f.scale, eps_A=0.1 * A if step == 0 else None, **held)
+        write_moment(tmp_path, Moment(step, layers), about)
+    join_moments(tmp_path)
+    applied = last_applied(read_recording(tmp_path))
+    for layer, eps in applied.items():
+        expected = 0.7 * auxiliary[layer].B @ auxiliary[layer].A
+        torch.testing.assert_close(eps.left @ eps.right, expected, rtol=1e-12, atol=1e-14)
+    settings = MEASURE.settings(radii=(RADIUS,), draws=3, steps=6)
+    rows = MEASURE.run(bert_objective(), lora, settings, Trained(model, folder=tmp_path)).rows()
+    found = {r["kind"]: r["value"] for r in rows if r["quantity"] == "loss_rise"}
+    assert found["applied"] == pytest.approx(of(measured, "auxiliary").rises[0], rel=1e-9)
+    assert "auxiliary" not in found
+    factor_step = recorded(LayerMoment(normal(2, 7, seed=1), normal(5, 2, seed=2), 2.0, eps_A=normal(2, 7, seed=3)))
+    expected = 2.0 * normal(5, 2, seed=2) @ normal(2, 7, seed=3)
+    torch.testing.assert_close(factor_step.left @ factor_step.right, expected, rtol=1e-12, atol=1e-14)
+    assert recorded(LayerMoment(normal(2, 7, seed=1), normal(5, 2, seed=2), 2.0, noise=(1.0, 0.5))) is None
 
 
 def test_a_direction_that_is_zero_attains_no_number(case):
