@@ -165,7 +165,7 @@ def paired_differences(
     compared = [
         name not in CURVES | BOOKKEEPING and name[0] not in OVER_STEPS and name[1] not in SUBSET for name in names
     ]
-    rows = _marked(frame[compared])
+    rows = marked(frame[compared])
     pairs = _pairs(rows, baseline)
     keys = ["method", *KEYS]
     table = (
@@ -232,7 +232,7 @@ def per_seed(frame: pd.DataFrame) -> pd.DataFrame:
         UserError: if a column is missing or a seed holds the same quantity twice.
     """
     _check(frame)
-    return _average_directions(_marked(frame))
+    return _average_directions(marked(frame))
 
 
 def holm(p_values: Iterable[float]) -> np.ndarray:
@@ -311,7 +311,7 @@ def _unmatched(quantities: pd.DataFrame, rows: pd.DataFrame, pairs: pd.DataFrame
     return counted(rows, keys) + counted(reference, KEYS) - 2 * counted(pairs, keys)
 
 
-def _marked(frame: pd.DataFrame) -> pd.DataFrame:
+def marked(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows with direction numbers moved from ``index`` to ``direction``."""
     rows = frame.assign(**{name: value for name, value in _LATER.items() if name not in frame})
     is_direction = pd.Series(

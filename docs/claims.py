@@ -54,8 +54,14 @@ LINES: tuple[tuple[str, dict[str, object]], ...] = (
         for side in ("column", "row")
     ),
     *(
+        (f"p-value of the {words} of {name}", {"measure": "subspace", "quantity": f"{quantity}_p_value", "kind": kind})
+        for quantity, words in (("outside_share", "outside share"), ("alignment", "cosine"))
+        for kind, name in (("lora_sam", "LoRA-SAM's step"), ("auxiliary", "the auxiliary"))
+    ),
+    *(
         (f"share of the best rise: {name}", {"measure": "efficiency", "quantity": "efficiency", "kind": kind})
         for kind, name in (
+            ("applied", "what the last recorded step applied"),
             ("lora_sam", "LoRA-SAM's step"),
             ("auxiliary", "the auxiliary"),
             ("gradient_rank_r", "G_r"),
@@ -115,7 +121,8 @@ def lines(frame: pd.DataFrame, baseline: str) -> Iterator[pd.DataFrame]:
 def table(rows: pd.DataFrame, words: str, baseline: str) -> pd.DataFrame:
     found = summarize(rows)[["method", "mean", "half_width", "n_seeds", "chance"]]
     verdicts: dict[str, str] = {}
-    if baseline in set(rows["method"]) and rows["method"].nunique() > 1 and (rows["measure"] != "dynamics").all():
+    judged = (rows["measure"] != "dynamics").all() and not rows["quantity"].str.endswith("p_value").any()
+    if baseline in set(rows["method"]) and rows["method"].nunique() > 1 and judged:
         compared = paired_differences(rows, baseline)
         verdicts = dict(zip(compared["method"], compared["verdict"], strict=True))
     verdict = [verdicts.get(method, "") for method in found["method"]]

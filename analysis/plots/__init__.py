@@ -4,7 +4,7 @@ Surfaces are also written as an interactive page and as a mesh.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from analysis.plots.density import density_curves, density_table
 from analysis.plots.dynamics import CONVERGENCE, OUTSIDE, PARTS, Panel, dynamics_table, step_curves
 from analysis.plots.efficiency import efficiency_bars, efficiency_table
 from analysis.plots.eigenvalues import eigenvalue_bars, eigenvalue_ladder, eigenvalue_table
+from analysis.plots.forest import forest_plot, forest_table
 from analysis.plots.landscape import landscape_lines, landscape_table
 from analysis.plots.layers import LayerQuantity, layer_heatmap, layer_table
 from analysis.plots.m_sharpness import m_sharpness_points, m_sharpness_table
@@ -44,6 +45,7 @@ __all__ = [
     "efficiency_bars",
     "eigenvalue_bars",
     "eigenvalue_ladder",
+    "forest_plot",
     "interactive_steps",
     "interactive_surface",
     "landscape_lines",
@@ -68,12 +70,21 @@ class FigureFamily:
     name: str
     title: str
     measure: str
-    table: Callable[[pd.DataFrame], pd.DataFrame]
-    draw: Callable[[pd.DataFrame], Figure]
+    table: Callable[..., pd.DataFrame]
+    draw: Callable[..., Figure]
+    compares: bool = False
+    """Whether ``table`` and ``draw`` take the label of a ``baseline``, by default the first method."""
+
+    def against(self, baseline: str | None) -> "FigureFamily":
+        """The same with a given baseline."""
+        if not self.compares or baseline is None:
+            return self
+        return replace(self, table=partial(self.table, baseline=baseline), draw=partial(self.draw, baseline=baseline))
 
     def about(self, frame: pd.DataFrame) -> dict[str, Any]:
         """What the figure's JSON says of the rows it is drawn from, beside what made them."""
-        seeds = frame.loc[frame["measure"] == self.measure, "seed"].unique().tolist()
+        rows = frame[frame["measure"] == self.measure] if self.measure else frame
+        seeds = rows["seed"].unique().tolist()
         return {"title": self.title, "seeds": sorted(seeds), "direction_seeds": direction_seeds(frame, self.measure)}
 
 
@@ -100,6 +111,7 @@ def _surfaces(kind: str) -> FigureFamily:
 
 
 FIGURES: tuple[FigureFamily, ...] = (
+    FigureFamily("differences", "Differences to the baseline", "", forest_table, forest_plot, compares=True),
     FigureFamily(
         "landscape", "Loss along filter-normalised random lines", "landscape", landscape_table, landscape_lines
     ),
@@ -148,7 +160,11 @@ FILES: dict[str, Callable[[pd.DataFrame, Path], Path]] = {
 
 
 def draw_all(
-    frame: pd.DataFrame, folder: Path, provenance: Mapping[str, Any], only: Collection[str] | None = None
+    frame: pd.DataFrame,
+    folder: Path,
+    provenance: Mapping[str, Any],
+    only: Collection[str] | None = None,
+    baseline: str | None = None,
 ) -> list[Path]:
     """Draw every figure whose rows were measured, each as PNG, PDF, SVG with its rows as CSV and Parquet and a JSON.
 
@@ -157,6 +173,7 @@ def draw_all(
         folder: made if missing.
         provenance: copied into every JSON (study, command, hash of the rows, …).
         only: names of :data:`FIGURES` and :data:`FILES`; each of them must have rows. None: all that have.
+        baseline: label of the method that others are compared with; default the first.
 
     Returns:
         The paths written.
@@ -170,7 +187,8 @@ def draw_all(
         if name not in known:
             raise UserError(f"no figure is called {name!r}: choose one of {', '.join(known)}")
     tables: dict[str, pd.DataFrame] = {}
-    for family in FIGURES:
+    families = [family.against(baseline) for family in FIGURES]
+    for family in families:
         if only is not None and family.name not in only:
             continue
         try:
@@ -189,7 +207,7 @@ def draw_all(
             "spectrum, density, layers, subspace"
         )
     written: list[Path] = []
-    for family in FIGURES:
+    for family in families:
         if family.name in tables:
             made_by = {**family.about(frame), **provenance}
             written += save_figure(family.draw(frame), family.name, folder, tables[family.name], made_by)

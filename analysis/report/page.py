@@ -12,11 +12,14 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from analysis.correlation import gap_correlations
+from analysis.headlines import headline_rows
 from analysis.plots import FIGURES, NothingToDraw
 from analysis.plots.save import describe, frame_hash, write_atomically
 from analysis.plots.style import styles_for
+from analysis.power import power_hints
 from analysis.report import tables
-from analysis.report.headlines import FEW_SEEDS, SPACES, answer, headline_rows
+from analysis.report.headlines import FEW_SEEDS, SPACES, answer
 from analysis.report.numbers import counted, enumerated
 from analysis.report.tables import Table
 from analysis.statistics import paired_differences, summarize
@@ -112,7 +115,7 @@ def _content(
         "glance": glance,
         "baseline": baseline,
         "confidence": level,
-        "sections": _sections(frame, summary, differences, methods, figures, baseline),
+        "sections": _sections(frame, summary, differences, methods, figures, baseline, confidence),
         "provenance": _told({"rows": len(frame), "rows_sha256": frame_hash(frame), **describe(frame), **provenance}),
     }
 
@@ -124,6 +127,7 @@ def _sections(
     methods: Sequence[str],
     figures: Path,
     baseline: str,
+    confidence: float,
 ) -> list[Section]:
     pictures = _pictures(frame, figures)
 
@@ -143,6 +147,7 @@ def _sections(
     if len(random_rows):
         directions = counted(int(random_rows["n_directions"].max()), "direction")
         perturbed += f" Random directions are the same for every method; {directions} per seed are averaged first."
+    correlations, hints = gap_correlations(frame, confidence), power_hints(differences, confidence)
     sections = [
         Section("setup", "Set-up", (_compared(frame),), (tables.setup_table(summary),)),
         Section("quality", "Quality", tables=(tables.quality_table(summary, methods),)),
@@ -205,6 +210,18 @@ def _sections(
                 "radii: of many lines some may stand out by chance.",
             ),
             tuple(tables.difference_tables(differences)),
+            shown("differences"),
+        ),
+        Section(
+            "statistics",
+            "Statistics",
+            (
+                "Over all trained models of the study, does a sharper one generalise worse? The gap is validation loss "
+                "minus training loss. Such correlations are weak and change sign between tasks, measures and ranges of "
+                "hyper-parameters; within methods they often vanish. A high one here says that the two went together "
+                "in this study, not that flatter models generalise better.",
+            ),
+            (tables.correlation_table(correlations), tables.power_table(hints)),
         ),
     ]
     filled = []

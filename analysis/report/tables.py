@@ -6,8 +6,10 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.headlines import headline_rows
 from analysis.plots.overlap import PERTURBATIONS
 from analysis.plots.style import in_space_order
+from analysis.power import MOST
 from analysis.report.numbers import number, p_value, spread
 from analysis.statistics import UNDECIDED
 
@@ -225,6 +227,35 @@ def difference_tables(differences: pd.DataFrame) -> list[Table]:
         lines = tuple(_difference_line(row) for _, row in part.iterrows())
         tables.append(Table(f"{measure} ({len(lines)} comparisons)", head, lines, labels=4, open=False))
     return tables
+
+
+def correlation_table(found: pd.DataFrame) -> Table:
+    """Kendall's tau of each headline sharpness with the generalisation gap, over runs and within methods."""
+    rows = []
+    for r in found.to_dict("records"):
+        interval = f"[{number(r['low'], 2)}, {number(r['high'], 2)}]" if pd.notna(r["low"]) else "–"
+        within = number(r["tau_within"], 2) if pd.notna(r["tau_within"]) else "–"
+        words = (SPACE_NAMES.get(r["space"], r["space"]), r["headline"], r["split"])
+        numbers = (number(r["tau"], 2), interval, within, str(r["n_runs"]), str(r["n_seeds"]))
+        rows.append(tuple(Cell(text) for text in (*words, *numbers)))
+    head = ("space", "sharpness", "examples", "τ", "interval", "τ within methods", "runs", "seeds")
+    note = "Kendall's τ-b. The interval is a bootstrap over training seeds; with few seeds it is too narrow."
+    return Table("Rank correlation with the generalisation gap", head, tuple(rows), labels=3, note=note)
+
+
+def power_table(hints: pd.DataFrame) -> Table:
+    """How many seeds would settle each undecided headline comparison, if the effect seen were the true one."""
+    rows = []
+    for r in headline_rows(hints).to_dict("records"):
+        needed = f"{r['seeds_needed']:.0f}" if pd.notna(r["seeds_needed"]) else f"more than {MOST}"
+        words = (r["method"], SPACE_NAMES.get(r["space"], r["space"]), r["headline"])
+        rows.append(tuple(Cell(text) for text in (*words, number(r["cohen_dz"], 2), str(r["n_seeds"]), needed)))
+    head = ("method", "space", "sharpness", "d_z", "seeds", "seeds needed")
+    note = (
+        "Seeds at which a paired t-test, corrected over methods, would find the effect seen with probability 0.8. The "
+        "effect is itself uncertain, and where there is none no number of seeds settles it: a hint for planning."
+    )
+    return Table("What would settle the undecided comparisons", head, tuple(rows), labels=3, note=note, open=False)
 
 
 def _difference_line(row: pd.Series) -> tuple[Cell, ...]:

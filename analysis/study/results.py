@@ -13,14 +13,18 @@ import pandas as pd
 from analysis.study.engine import Failure
 from analysis.study.files import read_json, replace_file
 from analysis.study.inputs import library_versions
+from analysis.study.latex import latex_table
 from analysis.study.plan import Plan, canonical
 from analysis.study.sources import presentation_code
 from analysis.study.spec import StudySpec
 from analysis.study.store import Store, file_digest, write_text
+from analysis.study.table import markdown_table
 
-TABLE, TEXT_TABLE, PROVENANCE, FIGURES, PAGE = (
+TABLE, TEXT_TABLE, MARKDOWN, LATEX, PROVENANCE, FIGURES, PAGE = (
     "results.parquet",
     "results.csv",
+    "table.md",
+    "table.tex",
     "provenance.json",
     "figures",
     "report.html",
@@ -83,8 +87,11 @@ def write_results(spec: StudySpec, plan: Plan, store: Store, failures: Sequence[
     replace_file(folder / TEXT_TABLE, lambda path: frame.to_csv(path, index=False, lineterminator="\n"))
     provenance = _provenance(spec, plan, store, failures, command)
     made_by = {key: provenance[key] for key in ("study", "command", "seeds", "code", "versions")}
-    drawn = _present(spec, frame, {**made_by, "rows_sha256": file_digest(folder / TEXT_TABLE)})
-    written = [folder / TABLE, folder / TEXT_TABLE, *drawn]
+    baseline = spec.baseline_label if spec.baseline_label in set(frame["method"]) else str(frame["method"].iloc[0])
+    write_text(folder / MARKDOWN, markdown_table(frame, baseline))
+    write_text(folder / LATEX, latex_table(frame, baseline))
+    drawn = _present(spec, baseline, frame, {**made_by, "rows_sha256": file_digest(folder / TEXT_TABLE)})
+    written = [*(folder / name for name in (TABLE, TEXT_TABLE, MARKDOWN, LATEX)), *drawn]
     outputs = {path.relative_to(folder).as_posix(): file_digest(path) for path in written}
     for stale in known.get("outputs", {}).keys() - outputs.keys():
         (folder / stale).unlink(missing_ok=True)
@@ -110,22 +117,21 @@ def collect_rows(spec: StudySpec, plan: Plan, store: Store) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _present(spec: StudySpec, frame: pd.DataFrame, provenance: dict[str, Any]) -> list[Path]:
+def _present(spec: StudySpec, baseline: str, frame: pd.DataFrame, provenance: dict[str, Any]) -> list[Path]:
     from analysis.plots import NothingToDraw, draw_all
     from analysis.report import write_report
 
     folder = spec.folder
     try:
-        figures = draw_all(frame, folder / FIGURES, provenance)
+        figures = draw_all(frame, folder / FIGURES, provenance, baseline=baseline)
     except NothingToDraw:
         figures = []
-    present = set(frame["method"])
     page = write_report(
         frame,
         folder / PAGE,
         figures=folder / FIGURES,
         provenance=provenance,
-        baseline=spec.baseline_label if spec.baseline_label in present else None,
+        baseline=baseline,
     )
     return [*figures, page]
 

@@ -45,7 +45,7 @@ def result_table(frame: pd.DataFrame, baseline: str, width: int = 120) -> Table:
     Of several radii the middle one is shown, of several eigenvalues the largest in magnitude. Where ``width`` columns
     are too few for all methods side by side, the half width stands below its mean.
     """
-    content = _content(frame, baseline)
+    content = table_content(frame, baseline)
     table = Table(title=f"{frame['study'].iloc[0]}: {content.spread}", caption=content.caption)
     table.add_column("quantity", min_width=24)
     separator = " " if 45 + 19 * len(content.methods) <= width else "\n"
@@ -58,7 +58,7 @@ def result_table(frame: pd.DataFrame, baseline: str, width: int = 120) -> Table:
 
 def markdown_table(frame: pd.DataFrame, baseline: str) -> str:
     """:func:`result_table` in Markdown."""
-    content = _content(frame, baseline)
+    content = table_content(frame, baseline)
     rows = [[content.spread, *content.methods], ["---"] * (1 + len(content.methods))]
     rows += [[title, *cells] for title, cells in content.lines]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -68,14 +68,17 @@ def markdown_table(frame: pd.DataFrame, baseline: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Content:
+class TableContent:
+    """What the table says in any format: ``lines`` are titles with a cell a method."""
+
     methods: list[str]
     spread: str
     lines: list[tuple[str, list[str]]]
     caption: str | None
 
 
-def _content(frame: pd.DataFrame, baseline: str) -> _Content:
+def table_content(frame: pd.DataFrame, baseline: str) -> TableContent:
+    """The key quantities of every method, as text."""
     summary = _whole_space(summarize(frame))
     methods = list(dict.fromkeys(frame["method"]))
     seeds = frame["seed"].nunique()
@@ -92,7 +95,7 @@ def _content(frame: pd.DataFrame, baseline: str) -> _Content:
             cells.append(interval(*values[method]) + star if method in values else "")
         shown.append((_title(key), cells))
     caption = f"* differs from {baseline}: paired by seed, 5 %, Holm-corrected over methods (not over the lines)"
-    return _Content(methods, f"{spread} over {seeds} seed{'s' * (seeds > 1)}", shown, caption if decided else None)
+    return TableContent(methods, f"{spread} over {seeds} seed{'s' * (seeds > 1)}", shown, caption if decided else None)
 
 
 def rows_table(frame: pd.DataFrame) -> Table:

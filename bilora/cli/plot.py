@@ -37,6 +37,10 @@ def plot(
         list[str] | None,
         typer.Option("--figure", metavar="NAME", help="One figure. Repeatable.", show_default="all that have rows"),
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="The method that differences are taken to.", show_default="the first"),
+    ] = None,
 ) -> None:
     """Draw every figure whose rows are there: PNG, PDF, SVG, its data and a JSON; surfaces also as HTML and VTK."""
     silence_libraries()
@@ -56,7 +60,7 @@ def plot(
         "rows_sha256": frame_hash(frame),
         "data": origins(_files(data)),
     }
-    for path in draw_all(frame, output, made_by, only=figure or None):
+    for path in draw_all(frame, output, made_by, only=figure or None, baseline=baseline):
         typer.echo(path)
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.headlines import headline_rows
 from analysis.plots import FIGURES, draw_all
 from analysis.plots.save import save_figure
 from analysis.report import write_report
-from analysis.report.headlines import answer, headline_rows
+from analysis.report.headlines import answer
 from analysis.report.numbers import enumerated, number, p_value, spread
 from analysis.report.tables import moment_table
 from analysis.statistics import paired_differences, summarize
@@ -70,8 +71,8 @@ def test_the_page_is_well_formed_and_has_every_section(written):
     page = Page(written[0])
     anchors = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
     assert anchors == {
-        "answer", "setup", "quality", "sharpness", "curvature", "landscapes", "subspaces", "differences", "limits",
-        "provenance",
+        "answer", "setup", "quality", "sharpness", "curvature", "landscapes", "subspaces", "differences", "statistics",
+        "limits", "provenance",
     }  # fmt: skip
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
