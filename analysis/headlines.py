@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from analysis.plots.style import in_space_order
+from analysis.space_names import in_space_order
 
 _SHARPNESS = {
     ("random", "loss_rise"): "loss rise under random noise",

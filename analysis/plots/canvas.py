@@ -17,7 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis.core.space import FACTORED
-from analysis.plots.style import COLUMN, PAGE, RC, SPACE_TITLES, MethodStyle
+from analysis.plots.style import COLUMN, PAGE, RC, MethodStyle
+from analysis.space_names import SPACE_TITLES
 from analysis.statistics import KEYS, per_seed, summarize
 from bilora.errors import UserError
 

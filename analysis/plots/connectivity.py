@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.plots import canvas
-from analysis.plots.style import COLUMN, PAGE, MethodStyle, in_space_order, spare_styles, styles_for
+from analysis.plots.style import COLUMN, PAGE, MethodStyle, spare_styles, styles_for
+from analysis.space_names import in_space_order
 from analysis.statistics import summarize
 
 BARRIER = "_barrier"

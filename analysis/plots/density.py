@@ -18,7 +18,8 @@ from scipy import stats
 
 from analysis.plots import canvas
 from analysis.plots.eigenvalues import UNITS_DIFFER, curvature_name, eigenvalue_axis
-from analysis.plots.style import PAGE, in_space_order, styles_for
+from analysis.plots.style import PAGE, styles_for
+from analysis.space_names import in_space_order
 
 Curve = NDArray[np.float64]
 

@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator, SymmetricalLogLocator
 
 from analysis.plots import canvas
-from analysis.plots.style import PAGE, MethodStyle, in_space_order, styles_for
+from analysis.plots.style import PAGE, MethodStyle, styles_for
+from analysis.space_names import in_space_order
 from analysis.statistics import KEYS, per_seed, summarize
 
 UNCONVERGED = "_unconverged"

@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 
 from analysis.headlines import headline_rows
 from analysis.plots import canvas
-from analysis.plots.style import PAGE, SPACE_TITLES, MethodStyle, styles_for
+from analysis.plots.style import PAGE, MethodStyle, styles_for
+from analysis.space_names import SPACE_TITLES
 from analysis.statistics import UNDECIDED, paired_differences, summarize
 
 COLUMNS = ["headline", "space", "split", "method", "baseline", "mean", "difference", "relative", "low", "high"]

@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 from analysis.core.space import FACTORED
 from analysis.plots import canvas
 from analysis.plots.spread import spread_table, spread_words
-from analysis.plots.style import in_space_order, styles_for
+from analysis.plots.style import styles_for
+from analysis.space_names import in_space_order
 
 
 def landscape_table(frame: pd.DataFrame, confidence: float = 0.95, *, rise: bool = True) -> pd.DataFrame:

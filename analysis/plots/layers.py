@@ -20,7 +20,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from analysis.layer_names import NO_NUMBER, split_layer
 from analysis.plots import canvas
 from analysis.plots.eigenvalues import DECADES, TOLERANCE, curvature_name, decade_labels, decade_ticks
-from analysis.plots.style import PAGE, in_space_order, styles_for
+from analysis.plots.style import PAGE, styles_for
+from analysis.space_names import in_space_order
 from analysis.statistics import summarize
 
 LayerQuantity = Literal["eigenvalue", "trace"]

@@ -8,7 +8,8 @@ from scipy import stats
 
 from analysis.plots import canvas
 from analysis.plots.spread import GROUPS, spread_table, spread_words
-from analysis.plots.style import MethodStyle, in_space_order, styles_for
+from analysis.plots.style import MethodStyle, styles_for
+from analysis.space_names import in_space_order
 
 BLOCK = "m block"
 """``get_gid()`` of the words over a block."""

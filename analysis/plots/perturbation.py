@@ -10,7 +10,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 
 from analysis.plots import canvas
 from analysis.plots.spread import spread_table, spread_words
-from analysis.plots.style import in_space_order, styles_for
+from analysis.plots.style import styles_for
+from analysis.space_names import in_space_order
 
 X = Literal["radius", "induced_norm"]
 

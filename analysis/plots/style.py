@@ -35,15 +35,6 @@ RC: dict[Any, Any] = {
     "svg.hashsalt": "bilora",  # the same drawing gives the same bytes
 }
 
-SPACE_TITLES = {
-    "lora": "LoRA space (A, B as trained)",
-    "lora_balanced": "LoRA space (A, B balanced)",
-    "full": "full space (merged W)",
-    "all": "all parameters",
-}
-"""Panel titles, in the order in which spaces stand side by side."""
-
-
 Line = Literal["-"] | tuple[float, tuple[float, ...]]
 """A solid line, or offset and lengths of dashes and gaps in line widths."""
 
@@ -150,9 +141,3 @@ def spare_styles(names: Iterable[str]) -> dict[str, MethodStyle]:
         )
         for position, name in enumerate(sorted(set(names)))
     }
-
-
-def in_space_order(spaces: Iterable[str]) -> list[str]:
-    """The spaces present, LoRA spaces left of full space."""
-    order = list(SPACE_TITLES)
-    return sorted(set(spaces), key=lambda s: (order.index(s) if s in order else len(order), s))

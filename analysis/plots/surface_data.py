@@ -18,7 +18,8 @@ from scipy.interpolate import RegularGridInterpolator
 
 from analysis.plots import canvas
 from analysis.plots.eigenvalues import decade_labels, decade_ticks
-from analysis.plots.style import in_space_order, styles_for
+from analysis.plots.style import styles_for
+from analysis.space_names import in_space_order
 from analysis.statistics import SUBSET
 from bilora.errors import UserError
 

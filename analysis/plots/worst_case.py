@@ -13,7 +13,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from analysis.plots import canvas
 from analysis.plots.spread import spread_table, spread_words
-from analysis.plots.style import MethodStyle, in_space_order, styles_for
+from analysis.plots.style import MethodStyle, styles_for
+from analysis.space_names import in_space_order
 
 ONE_STEP = "_one step"
 """Label of the dashes."""

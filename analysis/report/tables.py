@@ -8,9 +8,9 @@ import pandas as pd
 
 from analysis.headlines import headline_rows
 from analysis.plots.overlap import PERTURBATIONS
-from analysis.plots.style import in_space_order
 from analysis.power import MOST
 from analysis.report.numbers import number, p_value, spread
+from analysis.space_names import in_space_order
 from analysis.statistics import UNDECIDED
 
 SPACE_NAMES = {"full": "full", "lora": "LoRA", "lora_balanced": "balanced LoRA", "": ""}
