@@ -1,5 +1,6 @@
-"""How much memory is free, on the device and within what a container or a scheduler grants."""
+"""How much memory is free, on the device and within what a container or a scheduler grants, and how much was taken."""
 
+import sys
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,16 @@ def free_memory(device: torch.device, *, cgroups: Path = CGROUPS, own: Path = Pa
     for used, limit in _limits(cgroups, own):
         spare = min(spare, limit // 2 - used)
     return max(0, spare)
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _limits(cgroups: Path, own: Path) -> list[tuple[int, int]]:

@@ -41,7 +41,9 @@ def default_workers() -> int:
     return min(8, usable)
 
 
-def run_cells(cells: Sequence[Cell], store: Store, *, workers: int, progress: Progress) -> list[Failure]:
+def run_cells(
+    cells: Sequence[Cell], store: Store, *, workers: int, progress: Progress, retry_failed: bool = True
+) -> list[Failure]:
     """Compute every one of ``cells`` that ``store`` lacks, and return those that failed or could not be tried.
 
     Each worker is a process of its own with one thread, so that results do not depend on how many there are. When the
@@ -52,17 +54,25 @@ def run_cells(cells: Sequence[Cell], store: Store, *, workers: int, progress: Pr
         store: where finished cells lie.
         workers: number of processes.
         progress: where to report.
+        retry_failed: whether cells that failed in an earlier run are tried again; else they fail with that reason.
     """
     pending = [cell for cell in cells if store.record(cell.name) is None]
     progress.start(len(cells), len(cells) - len(pending))
     try:
-        return _Run(pending, store, workers, progress).run() if pending else []
+        return _Run(pending, store, workers, progress, retry_failed).run() if pending else []
     finally:
         progress.stop()
 
 
+def last_line(text: str) -> str:
+    """Of an error's full text."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "failed")
+
+
 class _Run:
-    def __init__(self, pending: Sequence[Cell], store: Store, workers: int, progress: Progress) -> None:
+    def __init__(
+        self, pending: Sequence[Cell], store: Store, workers: int, progress: Progress, retry_failed: bool
+    ) -> None:
         self.store, self.workers, self.progress = store, workers, progress
         self.order = {cell.name: i for i, cell in enumerate(pending)}
         self.ready: list[tuple[int, float, int, Cell]] = []
@@ -72,11 +82,18 @@ class _Run:
         self.deaths: dict[str, int] = {}
         self.suspects: set[str] = set()
         self.failures: list[Failure] = []
+        failed = {} if retry_failed else {cell.name: store.error(cell.name) for cell in pending}
         for cell in pending:
+            if failed.get(cell.name) is not None:
+                continue
             if cell.training is not None and cell.training.name in self.order:
                 self.waiting.setdefault(cell.training.name, []).append(cell)
             else:
                 self.queue(cell)
+        for cell in pending:
+            error = failed.get(cell.name)
+            if error is not None:
+                self.ended(cell, Outcome(FAILED, note=f"{last_line(error)} (before: --retry-failed tries it again)"))
 
     def run(self) -> list[Failure]:
         with one_thread_each():

@@ -26,6 +26,7 @@ class StudyRun:
         computed: number of cells computed now.
         cells: number of cells in all.
         store: where they lie; ``store.error(name)`` is the full text of a failure.
+        damaged: cells that were found damaged, now or before, and moved aside.
     """
 
     results: Results
@@ -33,6 +34,7 @@ class StudyRun:
     computed: int
     cells: int
     store: Store
+    damaged: tuple[Path, ...] = ()
 
 
 def run_study(
@@ -42,6 +44,7 @@ def run_study(
     progress: Progress | None = None,
     command: str = "",
     output: Path | None = None,
+    retry_failed: bool = False,
 ) -> StudyRun:
     """Compute the cells of ``spec`` that are not finished, then write table, figures and page.
 
@@ -56,6 +59,7 @@ def run_study(
         progress: where to report; default nowhere.
         command: what the user typed, for the provenance.
         output: folder in place of the study's own.
+        retry_failed: try again what failed in an earlier run.
 
     Raises:
         UserError: bad input, before anything is computed.
@@ -73,10 +77,17 @@ def run_study(
     if missing:
         check_inputs(spec)
     store.folder.mkdir(parents=True, exist_ok=True)
-    failures = run_cells(plan.cells, store, workers=workers or default_workers(), progress=progress or Silent())
+    failures = run_cells(
+        plan.cells,
+        store,
+        workers=workers or default_workers(),
+        progress=progress or Silent(),
+        retry_failed=retry_failed,
+    )
     with FileLock(spec.folder / ".results.lock"):
         results = write_results(spec, plan, store, failures, command)
-    return StudyRun(results, tuple(failures), len(missing) - len(failures), len(plan.cells), store)
+    computed = len(missing) - len(failures)
+    return StudyRun(results, tuple(failures), computed, len(plan.cells), store, store.damaged())
 
 
 def check_arguments(spec: StudySpec) -> None:

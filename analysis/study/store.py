@@ -18,6 +18,7 @@ RECORD = "cell.json"
 
 ROWS = "rows.parquet"
 ERROR = "error.txt"
+DAMAGED = "damaged"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,6 +97,7 @@ class Store:
 
     def begin(self, name: str, *, keep: bool) -> Path:
         """The folder to build the cell ``name`` in; what a killed attempt left there stays if ``keep``."""
+        self._move_aside(name)
         partial = self.partial(name)
         if not keep:
             shutil.rmtree(partial, ignore_errors=True)
@@ -117,7 +119,17 @@ class Store:
             if file.is_file() and file.name != RECORD
         }
         write_text(partial / RECORD, json.dumps({**record, "files": files}, indent=1, sort_keys=True) + "\n")
-        if final.exists():
-            # Only a damaged cell gets here: an intact one is never recomputed.
-            shutil.rmtree(final)
         os.replace(partial, final)
+
+    def damaged(self) -> tuple[Path, ...]:
+        """Cells that were moved aside because one of their files was not what it had been."""
+        return tuple(sorted(self.folder.glob(f"*.{DAMAGED}-*")))
+
+    def _move_aside(self, name: str) -> None:
+        """Make room for a cell; what is there is damaged, for an intact one is never recomputed."""
+        if not self.path(name).exists():
+            return
+        number = 1
+        while (aside := self.folder / f"{name}.{DAMAGED}-{number}").exists():
+            number += 1
+        os.replace(self.path(name), aside)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from analysis.core import Objective, Trained, WeightSpace, load_trained
+from analysis.core.measure import Watch
 from analysis.frame import rows_frame
 from analysis.landscape.store import PointStore
 from analysis.registry import MEASURES
@@ -65,22 +66,26 @@ class Measuring:
         return MEASURES[self.entry.measure].keeps_points
 
     def __call__(self, folder: Path, store: Store) -> dict[str, Any]:
-        source = store.path(self.trained)
+        points = PointStore(folder / POINTS) if self.keeps_points else None
+        rows, digest = self.measured(store.path(self.trained), points)
+        rows_frame(rows).to_parquet(folder / ROWS, index=False)
+        if points is not None:
+            points.remove()
+        return {"examples": digest}
+
+    def measured(
+        self, source: Path, points: PointStore | None = None, watch: Watch | None = None
+    ) -> tuple[list[dict[str, Any]], str]:
+        """The rows of the run in ``source``, and the digest of the examples they were measured on."""
         objective = objective_for(self.spec.task, self.spec.model, self.entry)
         space, trained = _space(source, self.spec, self.space or "full")
-        measure = MEASURES[self.entry.measure]
-        points = PointStore(folder / POINTS) if measure.keeps_points else None
         settings = self.entry.settings_for(self.spec.seed)
-        result = measure.result(objective, space, settings, trained, None, points)
+        result = MEASURES[self.entry.measure].result(objective, space, settings, trained, watch, points)
         rows = result.rows()
         available = len(getattr(task_for(self.spec.task, self.spec.model), self.entry.split))
         used = self.entry.examples or available
         rows += subset_rows(rows, used, available, objective, space, result, settings)
-        frame = rows_frame(rows)
-        frame.to_parquet(folder / ROWS, index=False)
-        if points is not None:
-            points.remove()
-        return {"examples": objective.digest}
+        return rows, objective.digest
 
 
 # A worker gets many measurements of few adapters one after the other: it keeps what the next one is likely to need.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bilora.cli import compare, inspect, landscape, measure, methods, plot, train
+from bilora.cli import compare, inspect, landscape, measure, methods, plot, study, train
 from bilora.cli.errors import exit_code
 from bilora.cli.processes import own_process_group
 
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, measure, landscape, inspect, compare, plot, methods):
+for command in (train, measure, landscape, inspect, compare, study, plot, methods):
     command.register(app)
 
 

@@ -36,6 +36,9 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the results.", show_default="runs/<name>")
     ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
+    ] = False,
     verbose: options.VerboseOption = False,
 ) -> int:
     """Train and measure methods × seeds; what is finished is kept, so that an interrupted study continues."""
@@ -54,7 +57,12 @@ def compare(
         console = console_for_tables()
         try:
             run = run_study(
-                spec, workers=workers, progress=progress_for(Console(stderr=True)), command=command, output=output
+                spec,
+                workers=workers,
+                progress=progress_for(Console(stderr=True)),
+                command=command,
+                output=output,
+                retry_failed=retry_failed,
             )
         except UserError as error:
             raise UserError(f"{study}: {error}") from error
@@ -97,5 +105,7 @@ def _show(run: "StudyRun", baseline: str, console: "Console") -> None:
         say(f"failed   {failure.label}: {failure.reason}")
         if run.store.error(failure.name) is not None:
             say(f"         see {run.store.partial(failure.name) / 'error.txt'}")
+    for folder in run.damaged:
+        say(f"damaged  {folder}: was moved aside and computed again")
     if run.failures:
-        say("start the study again to retry what failed")
+        say("--retry-failed tries again what failed")

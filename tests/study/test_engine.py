@@ -126,3 +126,19 @@ def test_nothing_to_do_starts_no_process(tmp_path: Path) -> None:
 
 def test_default_workers_are_few() -> None:
     assert 1 <= default_workers() <= 8
+
+
+@pytest.mark.slow
+def test_what_failed_before_is_tried_again_only_when_asked(tmp_path: Path) -> None:
+    log, store = tmp_path / "log", Store(tmp_path / "cells")
+    bad, good = training("bad", log, "raise"), training("good", log)
+    cells = [bad, measuring("bad/one", log, bad), good]
+    run_cells(cells, store, workers=1, progress=Heard())
+    log.unlink()
+    heard = Heard()
+    failures = run_cells(cells, store, workers=1, progress=heard, retry_failed=False)
+    assert not log.exists()
+    assert dict(heard.ends) == {"bad": "failed", "bad/one": "skipped"}
+    assert "more (before: --retry-failed tries it again)" in failures[0].reason
+    run_cells(cells, store, workers=1, progress=Heard(), retry_failed=True)
+    assert log.read_text().split() == ["bad"]

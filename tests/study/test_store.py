@@ -47,7 +47,7 @@ def test_a_finished_cell_is_never_recomputed(store: Store) -> None:
 
 
 @pytest.mark.parametrize("damage", ["rows", "record", "missing"])
-def test_a_damaged_cell_counts_as_missing_and_is_replaced(store: Store, damage: str) -> None:
+def test_a_damaged_cell_counts_as_missing_and_is_moved_aside(store: Store, damage: str) -> None:
     attempt(store, NAME, {}, write_rows, keep=False)
     if damage == "rows":
         (store.path(NAME) / "rows.parquet").write_bytes(b"PAR1")
@@ -56,8 +56,15 @@ def test_a_damaged_cell_counts_as_missing_and_is_replaced(store: Store, damage: 
     else:
         (store.path(NAME) / "rows.parquet").unlink()
     assert store.record(NAME) is None
+    assert store.damaged() == ()
     assert attempt(store, NAME, {}, write_rows, keep=False).status == COMPUTED
     assert store.record(NAME) is not None
+    (aside,) = store.damaged()
+    assert aside.name == f"{NAME}.damaged-1"
+    assert (aside / "cell.json").is_file()
+    (store.path(NAME) / "rows.parquet").unlink()
+    attempt(store, NAME, {}, write_rows, keep=False)
+    assert [path.name for path in store.damaged()] == [f"{NAME}.damaged-1", f"{NAME}.damaged-2"]
 
 
 def test_a_failure_keeps_its_text_and_is_retried(store: Store) -> None:
