@@ -6,6 +6,7 @@ python docs/make.py
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +55,10 @@ LINES: tuple[tuple[str, dict[str, object]], ...] = (
         for side in ("column", "row")
     ),
     *(
-        (f"p-value of the {words} of {name}", {"measure": "subspace", "quantity": f"{quantity}_p_value", "kind": kind})
+        (
+            f"largest p-value of the {words} of {name}",
+            {"measure": "subspace", "quantity": f"{quantity}_p_value", "kind": kind},
+        )
         for quantity, words in (("outside_share", "outside share"), ("alignment", "cosine"))
         for kind, name in (("lora_sam", "LoRA-SAM's step"), ("auxiliary", "the auxiliary"))
     ),
@@ -120,8 +124,11 @@ def lines(frame: pd.DataFrame, baseline: str) -> Iterator[pd.DataFrame]:
 
 def table(rows: pd.DataFrame, words: str, baseline: str) -> pd.DataFrame:
     found = summarize(rows)[["method", "mean", "half_width", "n_seeds", "chance"]]
+    if rows["quantity"].str.endswith("p_value").all():
+        largest = rows.groupby("method")["value"].max()
+        found = found.assign(mean=[largest[method] for method in found["method"]], half_width=math.nan)
     verdicts: dict[str, str] = {}
-    judged = (rows["measure"] != "dynamics").all() and not rows["quantity"].str.endswith("p_value").any()
+    judged = (rows["measure"] != "dynamics").all() and found["half_width"].notna().any()
     if baseline in set(rows["method"]) and rows["method"].nunique() > 1 and judged:
         compared = paired_differences(rows, baseline)
         verdicts = dict(zip(compared["method"], compared["verdict"], strict=True))

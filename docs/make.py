@@ -152,6 +152,8 @@ def claims_table() -> str:
 def _found(row: dict[str, str]) -> str:
     mean, half = float(row["mean"]), float(row["half_width"] or "nan")
     star = r"\*" if row["verdict"] in ("lower", "higher") else ""
+    if math.isnan(half):  # a p-value
+        return f"{mean:.1g}" if mean > 1e-16 else "< 1e-16"
     digits = 2 if not half else max(0, 1 - math.floor(math.log10(max(abs(mean) / 100, half))))
     if abs(mean) < 1e-3 and digits > 4:
         return f"{mean:.1e} ± {half:.0e}{star}"

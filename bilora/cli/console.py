@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-PLAIN_WIDTH = 140
+PLAIN_WIDTH = 250
 """Columns of a table where there is no terminal to ask."""
 
 
