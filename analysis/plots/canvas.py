@@ -32,6 +32,8 @@ DECADES = 20.0
 
 _DODGE = 0.035  # sideways shift between methods at one radius, in units of the spacing
 
+_LEGEND_ENTRY, _LETTER = 0.52, 0.066  # inches: handle with the gaps around it, and a letter of the legend's size
+
 NON_FINITE = "_non-finite"
 """Label of the marks at the top edge (the underscore keeps it out of legends)."""
 
@@ -153,7 +155,16 @@ def bar_handles(styles: Mapping[str, MethodStyle], drawn: Iterable[str]) -> list
 def legend(figure: Figure, handles: Sequence[Artist], width: float) -> None:
     """One legend for all panels, above them."""
     columns = min(len(handles), max(1, int(width / 1.05)))
+    labels = [str(handle.get_label()) for handle in handles]
+    while columns > 1 and _legend_width(labels, columns) > width:
+        columns -= 1
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.4, columnspacing=1.4)
+
+
+def _legend_width(labels: Sequence[str], columns: int) -> float:
+    """Inches that a legend takes: its columns are as wide as their longest label."""
+    filled = np.array_split(np.array([len(label) for label in labels]), columns)
+    return sum(_LEGEND_ENTRY + _LETTER * float(lengths.max()) for lengths in filled if len(lengths))
 
 
 def caption(figure: Figure, text: str, width: float) -> None:

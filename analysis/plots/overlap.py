@@ -61,7 +61,7 @@ def overlap_heatmap(frame: pd.DataFrame) -> Figure:
     sides = [side for side in SIDES if side in set(table["kind"])]
     modules = list(dict.fromkeys(table["module"]))
     blocks = sorted(table["block"].unique(), key=lambda block: (block == NO_BLOCK, block))
-    height = 0.95 + len(methods) * (0.45 + 0.24 * len(modules))
+    height = 0.95 + len(methods) * (0.6 + 0.24 * len(modules))
     figure, grid = canvas.panels(len(methods), len(sides), PAGE, height, sharey="all")
     scale = Normalize(0, max(float(table["mean"].max()), 2 * float(table["chance"].max()), 1e-6))
     for method, line in zip(methods, grid, strict=True):
@@ -80,7 +80,7 @@ def overlap_heatmap(frame: pd.DataFrame) -> Figure:
             axes.set_yticks(range(len(modules)), modules)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-            axes.set_title(f"{method} — {SIDES[side]}" if len(methods) > 1 else SIDES[side])
+            axes.set_title(f"{method}\n{SIDES[side]}" if len(methods) > 1 else SIDES[side])
             axes.set_xlabel("block")
     bar = figure.colorbar(ScalarMappable(scale, _COLOURS), ax=grid, aspect=18, pad=0.02)
     bar.set_label("overlap (0 orthogonal, 1 equal)", fontsize=7.5)

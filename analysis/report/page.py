@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,7 +17,7 @@ from analysis.correlation import gap_correlations
 from analysis.headlines import headline_rows
 from analysis.plots import FIGURES, NothingToDraw
 from analysis.plots.save import describe, frame_hash, write_atomically
-from analysis.plots.style import styles_for
+from analysis.plots.style import PAGE, styles_for
 from analysis.power import power_hints
 from analysis.report import tables
 from analysis.report.headlines import FEW_SEEDS, SPACES, answer
@@ -35,6 +36,7 @@ class Picture:
     name: str
     title: str
     source: str  # data URI
+    share: int  # of the width of a page's figure, in percent
 
 
 @dataclass(frozen=True)
@@ -249,10 +251,17 @@ def _pictures(frame: pd.DataFrame, folder: Path) -> dict[str, Picture]:
         for kind, mime in _MIME.items():
             file = folder / f"{family.name}.{kind}"
             if file.is_file():
-                encoded = base64.b64encode(file.read_bytes()).decode()
-                found[family.name] = Picture(family.name, family.title, f"data:{mime};base64,{encoded}")
+                content = file.read_bytes()
+                source = f"data:{mime};base64,{base64.b64encode(content).decode()}"
+                found[family.name] = Picture(family.name, family.title, source, _share(content))
                 break
     return found
+
+
+def _share(picture: bytes) -> int:
+    """How wide an SVG is drawn: one made for a text column stays narrower than one made for a page."""
+    stated = re.search(rb'<svg[^>]*? width="([0-9.]+)pt"', picture)
+    return min(100, round(100 * float(stated.group(1)) / (72 * PAGE))) if stated else 100
 
 
 def _told(provenance: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
