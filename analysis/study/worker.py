@@ -3,6 +3,7 @@
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def attempt(store: Store, name: str, determinants: dict[str, Any], compute: Comp
                 took = {"seconds": round(seconds, 3), "cpu_seconds": round(time.process_time() - cpu_started, 3)}
                 store.finish(name, {"determinants": determinants, **took, **extra})
             except Exception as error:
-                store.fail(name, traceback.format_exc())
+                with suppress(OSError):  # a full disk has no room for the reason either
+                    store.fail(name, traceback.format_exc())
                 reason = next(iter(str(error).splitlines()), "") or type(error).__name__
                 return Outcome(FAILED, time.monotonic() - started, reason)
     except Busy:
