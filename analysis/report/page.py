@@ -58,6 +58,7 @@ def write_report(
     provenance: Mapping[str, Any],
     baseline: str | None = None,
     confidence: float = 0.95,
+    costs: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     """Write the report of one study.
 
@@ -68,6 +69,7 @@ def write_report(
         provenance: what made the rows, shown as given at the end (command, seeds, versions, hashes, …).
         baseline: label of the method that the others are compared with; default the first of the frame.
         confidence: level of all intervals, in (0, 1).
+        costs: method → CPU seconds of each of its trainings, if they are known.
 
     Returns:
         ``path``.
@@ -80,7 +82,7 @@ def write_report(
     page = (
         _environment()
         .get_template("report.html.j2")
-        .render(**_content(frame, figures, provenance, baseline, confidence))
+        .render(**_content(frame, figures, provenance, baseline, confidence, costs or {}))
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_atomically(path, page.encode())
@@ -97,7 +99,12 @@ def _environment() -> Environment:
 
 
 def _content(
-    frame: pd.DataFrame, figures: Path, provenance: Mapping[str, Any], baseline: str | None, confidence: float
+    frame: pd.DataFrame,
+    figures: Path,
+    provenance: Mapping[str, Any],
+    baseline: str | None,
+    confidence: float,
+    costs: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     baseline = baseline or str(frame["method"].iloc[0])
     summary, differences = summarize(frame, confidence), paired_differences(frame, baseline, confidence)
@@ -117,7 +124,7 @@ def _content(
         "glance": glance,
         "baseline": baseline,
         "confidence": level,
-        "sections": _sections(frame, summary, differences, methods, figures, baseline, confidence),
+        "sections": _sections(frame, summary, differences, methods, figures, baseline, confidence, costs),
         "provenance": _told({"rows": len(frame), "rows_sha256": frame_hash(frame), **describe(frame), **provenance}),
     }
 
@@ -130,6 +137,7 @@ def _sections(
     figures: Path,
     baseline: str,
     confidence: float,
+    costs: Mapping[str, Sequence[float]],
 ) -> list[Section]:
     pictures = _pictures(frame, figures)
 
@@ -214,6 +222,7 @@ def _sections(
             tuple(tables.difference_tables(differences)),
             shown("differences"),
         ),
+        Section("cost", "Cost", tables=(tables.cost_table(costs, baseline),)),
         Section(
             "statistics",
             "Statistics",

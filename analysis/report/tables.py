@@ -1,9 +1,11 @@
 """Tables of the report: strings in rows and columns, made from summaries and paired differences."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.headlines import headline_rows
@@ -227,6 +229,29 @@ def difference_tables(differences: pd.DataFrame) -> list[Table]:
         lines = tuple(_difference_line(row) for _, row in part.iterrows())
         tables.append(Table(f"{measure} ({len(lines)} comparisons)", head, lines, labels=4, open=False))
     return tables
+
+
+def cost_table(costs: Mapping[str, Sequence[float]], baseline: str) -> Table:
+    """CPU seconds of a training, and over the baseline's.
+
+    Args:
+        costs: method → seconds of each seed's training.
+        baseline: the method that others are compared with.
+    """
+    rows = []
+    base = float(np.mean(costs[baseline])) if costs.get(baseline) else math.nan
+    for method, seconds in costs.items():
+        mean = float(np.mean(seconds))
+        spans = f"{number(min(seconds))} to {number(max(seconds))}" if len(seconds) > 1 else "–"
+        cells = (method, number(mean), spans, number(mean / base, 3), str(len(seconds)))
+        rows.append(tuple(Cell(text) for text in cells))
+    note = (
+        "CPU time of the process that trained, with loading and evaluation; of a training that was interrupted the "
+        "last attempt alone. Runs beside other work on one machine may differ by more than methods do."
+    )
+    return Table(
+        "What a training took", ("method", "CPU s", "seeds", f"over {baseline}", "runs"), tuple(rows), note=note
+    )
 
 
 def correlation_table(found: pd.DataFrame) -> Table:

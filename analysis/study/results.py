@@ -90,7 +90,8 @@ def write_results(spec: StudySpec, plan: Plan, store: Store, failures: Sequence[
     baseline = spec.baseline_label if spec.baseline_label in set(frame["method"]) else str(frame["method"].iloc[0])
     write_text(folder / MARKDOWN, markdown_table(frame, baseline))
     write_text(folder / LATEX, latex_table(frame, baseline))
-    drawn = _present(spec, baseline, frame, {**made_by, "rows_sha256": file_digest(folder / TEXT_TABLE)})
+    costs = _costs(plan, store)
+    drawn = _present(spec, baseline, costs, frame, {**made_by, "rows_sha256": file_digest(folder / TEXT_TABLE)})
     written = [*(folder / name for name in (TABLE, TEXT_TABLE, MARKDOWN, LATEX)), *drawn]
     outputs = {path.relative_to(folder).as_posix(): file_digest(path) for path in written}
     for stale in known.get("outputs", {}).keys() - outputs.keys():
@@ -117,7 +118,25 @@ def collect_rows(spec: StudySpec, plan: Plan, store: Store) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _present(spec: StudySpec, baseline: str, frame: pd.DataFrame, provenance: dict[str, Any]) -> list[Path]:
+def _costs(plan: Plan, store: Store) -> dict[str, list[float]]:
+    """Method → CPU seconds of its trainings."""
+    pairs = {(p.method, p.cell.training.name) for p in plan.placements if p.cell.training is not None}
+    found: dict[str, list[float]] = {}
+    for method in dict.fromkeys(placement.method for placement in plan.placements):
+        records = [store.record(name) for label, name in sorted(pairs) if label == method]
+        seconds = [float(record["cpu_seconds"]) for record in records if record is not None]
+        if seconds:
+            found[method] = seconds
+    return found
+
+
+def _present(
+    spec: StudySpec,
+    baseline: str,
+    costs: dict[str, list[float]],
+    frame: pd.DataFrame,
+    provenance: dict[str, Any],
+) -> list[Path]:
     from analysis.plots import NothingToDraw, draw_all
     from analysis.report import write_report
 
@@ -132,6 +151,7 @@ def _present(spec: StudySpec, baseline: str, frame: pd.DataFrame, provenance: di
         figures=folder / FIGURES,
         provenance=provenance,
         baseline=baseline,
+        costs=costs,
     )
     return [*figures, page]
 

@@ -15,7 +15,7 @@ from analysis.plots.save import save_figure
 from analysis.report import write_report
 from analysis.report.headlines import answer
 from analysis.report.numbers import enumerated, number, p_value, spread
-from analysis.report.tables import moment_table
+from analysis.report.tables import cost_table, moment_table
 from analysis.statistics import paired_differences, summarize
 from bilora.errors import UserError
 from tests.browser import Framed, needs_browser
@@ -63,7 +63,8 @@ def written(tmp_path_factory) -> tuple[str, Path]:
         "code": {"cell": "0123abcd"},
         "note": "<script>alert(1)</script>",
     }
-    path = write_report(frame, folder / "report.html", figures=folder / "figures", provenance=made_by)
+    costs = {"LoRA": [10.0, 14.0], "LoRA-SAM": [24.0, 24.0], "Bi-LoRA": [12.6]}
+    path = write_report(frame, folder / "report.html", figures=folder / "figures", provenance=made_by, costs=costs)
     return path.read_text(encoding="utf-8"), path
 
 
@@ -71,13 +72,23 @@ def test_the_page_is_well_formed_and_has_every_section(written):
     page = Page(written[0])
     anchors = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
     assert anchors == {
-        "answer", "setup", "quality", "sharpness", "curvature", "landscapes", "subspaces", "differences", "statistics",
-        "limits", "provenance",
+        "answer", "setup", "quality", "sharpness", "curvature", "landscapes", "subspaces", "differences", "cost",
+        "statistics", "limits", "provenance",
     }  # fmt: skip
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     links = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
     assert links <= {f"#{name}" for name in ids}
+
+
+def test_costs_are_means_over_runs_and_ratios_to_the_baseline():
+    table = cost_table({"LoRA": [10.0, 14.0], "LoRA-SAM": [24.0, 24.0], "Bi-LoRA": [12.6]}, "LoRA")
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["LoRA", "12.0", "10.0 to 14.0", "1.00", "2"],
+        ["LoRA-SAM", "24.0", "24.0 to 24.0", "2.00", "2"],
+        ["Bi-LoRA", "12.6", "–", "1.05", "1"],
+    ]
+    assert {row[3].text for row in cost_table({"SAM": [3.0]}, "LoRA").rows} == {"–"}
 
 
 def test_every_figure_is_inside_the_page(written):
