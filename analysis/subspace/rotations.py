@@ -81,7 +81,8 @@ def alignment_p_value(alignment: float, variances: Values, concentrations: Seque
     variance = float(variances.sum())
     if math.isnan(alignment) or not variance:
         return math.nan
-    excess = float((6 * concentrations[0] * concentrations[1]) @ variances**2) / variance**2
+    both = np.where(variances > 0, concentrations[0] * concentrations[1], 0.0)  # undefined where either is zero
+    excess = 6 * float(both @ variances**2) / variance**2
     degrees = 4 + 6 / excess
     return float(2 * stats.t.sf(abs(alignment) / math.sqrt(variance * (1 - 2 / degrees)), degrees))
 

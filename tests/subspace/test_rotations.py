@@ -98,6 +98,17 @@ def test_a_confined_and_an_aligned_perturbation_are_told_from_chance():
     assert rows["alignment_p_value", "a"] == pytest.approx(reach.alignment_p_value)
 
 
+def test_a_layer_that_is_not_perturbed_changes_nothing():
+    eps, G = next(turned(SPECTRA["falling"], 1)), normal(M, N, seed=7)
+    alone = reach_of("auxiliary", {"a": eps}, {"a": f}, {"a.weight": G})
+    still = LowRank(torch.zeros(M, 1, dtype=torch.float64), torch.zeros(1, N, dtype=torch.float64))
+    both = reach_of("auxiliary", {"a": eps, "b": still}, {"a": f, "b": f}, {"a.weight": G, "b.weight": 0 * G})
+    assert both.share_p_value == pytest.approx(alone.share_p_value)
+    assert both.alignment_p_value == pytest.approx(alone.alignment_p_value)
+    assert math.isnan(both.of_layer(1).alignment_p_value)
+    assert math.isnan(both.of_layer(1).share_p_value)
+
+
 def test_dense_and_factored_concentrations_agree():
     eps = LowRank(normal(M, 5, seed=8), normal(5, N, seed=9))
     dense = eps.left @ eps.right
