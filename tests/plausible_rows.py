@@ -22,7 +22,7 @@ def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int
     """Every measure of every method and seed; full fine-tuning has no LoRA space."""
     rng, rng_curvature = np.random.default_rng(0), np.random.default_rng(1)
     rng_landscapes, rng_groups = np.random.default_rng(2), np.random.default_rng(3)
-    rng_runs = np.random.default_rng(4)
+    rng_runs, rng_robustness = np.random.default_rng(4), np.random.default_rng(5)
     rows: list[dict[str, object]] = []
     for method in methods:
         for seed in range(seeds):
@@ -43,6 +43,7 @@ def plausible_rows(methods: list[str] = METHODS, seeds: int = 3, directions: int
                 measured += _worst_case(rng_landscapes, space, scale)
                 measured += _m_sharpness(rng_groups, space, scale)
                 measured += _connectivity(rng_landscapes, method, space, scale)
+            measured += _robustness(rng_robustness, method, scale)
             for kind in ("eigenvectors", "adapters", "trajectory"):
                 measured += _surface(rng_landscapes, "full", scale, kind)
             rows += [{**COLUMNS, "method": method, "seed": seed, **row} for row in measured]
@@ -229,6 +230,23 @@ def _subspace(rng, method):
                 "measure": "subspace", "space": "lora", "quantity": "outside_share", "kind": kind, "split": "train",
                 "layer": layer, "value": value, "chance": 0.96,
             }  # fmt: skip
+
+
+def _robustness(rng, method, scale):
+    """Rounded weights, read noise, and the auxiliary's own rise."""
+    common = {"space": "full", "split": "train", "quantity": "loss_rise"}
+    for kind, rise in (("int8", 1e-3), ("nf4", 0.02), ("nf4 base", 0.015)):
+        value = scale * rise * (1 + 0.1 * rng.standard_normal())
+        yield {**common, "measure": "quantisation", "kind": kind, "value": value}
+    for sigma in (0.02, 0.05, 0.1):
+        noise = {**common, "measure": "read_noise", "kind": "base", "radius": sigma}
+        for index in range(4):
+            value = scale * sigma**2 * (8 + rng.standard_normal())
+            yield {**noise, "index": index, "value": value, "induced_norm": 30 * sigma}
+    if method == "Bi-LoRA":
+        for kind, rise in (("auxiliary", 0.004), ("gradient", 0.05)):
+            value = rise * (1 + 0.2 * rng.standard_normal())
+            yield {**common, "measure": "ascent_gap", "kind": kind, "value": value, "induced_norm": 0.05}
 
 
 def _runs(rng, method):

@@ -24,6 +24,7 @@ from analysis.plots.layers import LayerQuantity, layer_heatmap, layer_table
 from analysis.plots.m_sharpness import m_sharpness_points, m_sharpness_table
 from analysis.plots.overlap import outside_share_bars, outside_share_table, overlap_heatmap, overlap_table
 from analysis.plots.perturbation import perturbation_curves, perturbation_table
+from analysis.plots.robustness import rise_bars, rise_table
 from analysis.plots.save import direction_seeds, save_data, save_figure
 from analysis.plots.steps_html import interactive_steps
 from analysis.plots.surface import surface_contours
@@ -54,6 +55,7 @@ __all__ = [
     "outside_share_bars",
     "overlap_heatmap",
     "perturbation_curves",
+    "rise_bars",
     "step_curves",
     "surface_contours",
     "update_spectrum",
@@ -95,6 +97,11 @@ def _curves(name: str, title: str, measure: str, quantity: str, **options: Any) 
     )
 
 
+def _rises(measure: str, title: str) -> FigureFamily:
+    table, draw = partial(rise_table, measure=measure), partial(rise_bars, measure=measure)
+    return FigureFamily(measure, title, measure, table, draw)
+
+
 def _layers(name: str, title: str, quantity: LayerQuantity) -> FigureFamily:
     table, draw = partial(layer_table, quantity=quantity), partial(layer_heatmap, quantity=quantity)
     return FigureFamily(name, title, "layers", table, draw)
@@ -132,6 +139,9 @@ FIGURES: tuple[FigureFamily, ...] = (
     FigureFamily(
         "worst_case", "Worst-case loss rise, a lower bound", "worst_case", worst_case_table, worst_case_curves
     ),
+    _curves("read_noise", "Loss rise under read noise on the weights", "read_noise", "loss_rise"),
+    _rises("quantisation", "Loss rise of rounded weights"),
+    _rises("ascent_gap", "Loss rise by Bi-LoRA's own auxiliary"),
     FigureFamily("m_sharpness", "m-sharpness, each m for itself", "m_sharpness", m_sharpness_table, m_sharpness_points),
     FigureFamily("eigenvalues", "Largest Hessian eigenvalues", "spectrum", eigenvalue_table, eigenvalue_bars),
     FigureFamily(

@@ -42,7 +42,7 @@ def perturbation_curves(
 
     Args:
         frame: the tidy rows of one study.
-        measure: ``"random"`` or ``"adversarial"``.
+        measure: ``"random"``, ``"adversarial"`` or ``"read_noise"``.
         quantity: ``loss_rise``, or ``loss``, ``accuracy`` where measured.
         x: ``"radius"``, whose unit differs between spaces and kinds, or ``"induced_norm"``, the realised ‖eps_W‖, which
             makes the spaces comparable.
@@ -81,12 +81,12 @@ def perturbation_curves(
             else:
                 axes.set_ylim(*canvas.spread_limits(of_kind))
             axes.set_title(canvas.space_title(space))
-            axes.set_xlabel(_x_label(x, space, kind))
+            axes.set_xlabel(_x_label(x, space, "read" if measure == "read_noise" else kind))
             lost += canvas.mark_non_finite(axes, panel, styles, x)
         line[0].set_ylabel(_y_label(quantity, measure, kind, split))
     canvas.legend(figure, canvas.line_handles(styles, table["method"], markers=True), width)
     words = spread_words(table, "whiskers", confidence)
-    if measure == "random":
+    if measure in ("random", "read_noise"):
         each = " per seed" if table["n_seeds"].max() > 1 else ""
         words = f"Mean over {int(table['n_directions'].min())} directions{each}. {words}"
     if reaches_zero:
@@ -123,10 +123,13 @@ def _x_label(x: X, space: str, kind: str) -> str:
         return f"induced {canvas.EPS_W}"
     if kind == "filter":
         return r"noise strength $\sigma$, relative to row norms"
+    if kind == "read":
+        return r"read noise $\sigma$, relative to each weight"
     return canvas.radius_label(space, "isotropic")
 
 
 def _y_label(quantity: str, measure: str, kind: str, split: str) -> str:
     what = {"loss_rise": "loss rise", "matthews": "Matthews correlation"}.get(quantity, quantity)
-    direction = {"adversarial": "gradient step"}.get(measure, f"{kind} noise" if kind else measure)
+    named = {"adversarial": "gradient step", "read_noise": f"read noise on {kind} weights"}
+    direction = named.get(measure, f"{kind} noise" if kind else measure)
     return f"{what}, {direction}" + (f"\n({split})" if split else "")

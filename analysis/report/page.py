@@ -175,6 +175,9 @@ def _sections(
                 "adversarial_matthews",
                 "worst_case",
                 "m_sharpness",
+                "read_noise",
+                "quantisation",
+                "ascent_gap",
             ),
         ),
         Section(

@@ -257,7 +257,7 @@ def test_files_are_written_where_surfaces_were_measured_and_only_there(frame, tm
         draw_all(some[some["measure"] == "quality"], tmp_path / "d", {}, only=["surface.html"])
     with pytest.raises(NothingToDraw, match="no loss_rise rows"):
         draw_all(some, tmp_path / "d", {}, only=["surface_adapters", "random"])
-    with pytest.raises(UserError, match="no figure is called 'surfaces': choose one of landscape"):
+    with pytest.raises(UserError, match="no figure is called 'surfaces': choose one of differences"):
         draw_all(some, tmp_path / "d", {}, only=["surfaces"])
     assert not (tmp_path / "d").exists()
     assert {"surface_filter", "surface_trajectory", "connectivity", "worst_case"} <= {f.name for f in FIGURES}
