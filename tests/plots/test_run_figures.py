@@ -125,6 +125,16 @@ def test_the_interactive_curves_hold_the_same_numbers(frame):
     assert figure.layout.xaxis.title.text == "optimizer step"
 
 
+def test_interactive_panels_stand_in_rows_of_three_without_tex(frame):
+    figure = interactive_steps(frame, PARTS)
+    titles = [annotation.text for annotation in figure.layout.annotations]
+    assert titles[0] == "s·B·ε<sub>A</sub>"
+    assert not any("$" in text or "\\" in text for text in titles)
+    assert interactive_steps(frame, OUTSIDE).layout.yaxis.title.text == "share of ‖ε<sub>W</sub>‖²"
+    panels = interactive_steps(frame, CONVERGENCE).layout
+    assert {name for name in panels if name.startswith("xaxis")} == {"xaxis", "xaxis2", "xaxis3"}
+
+
 def test_every_family_of_runs_is_drawn_with_the_others():
     names = {family.name for family in FIGURES}
     assert {"efficiency", "update_spectrum", "outside_share_steps", "convergence", "perturbation_parts"} <= names
