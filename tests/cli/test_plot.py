@@ -123,7 +123,7 @@ def test_rows_of_an_older_version_get_the_later_columns(frame, here):
 
 def test_bad_input_is_one_line_and_writes_nothing(frame, here, capsys):
     frame.to_parquet(here / "rows.parquet")
-    frame[frame["measure"] == "quality"].to_parquet(here / "quality.parquet")
+    frame[(frame["measure"] == "quality") & (frame["method"] == "LoRA")].to_parquet(here / "quality.parquet")
     frame.iloc[:0].to_parquet(here / "empty.parquet")
     frame.drop(columns=["value", "seed"]).to_parquet(here / "columns.parquet")
     (here / "damaged.parquet").write_bytes(b"PAR1 and no more")
@@ -145,7 +145,8 @@ def test_bad_input_is_one_line_and_writes_nothing(frame, here, capsys):
         "data.json": "data.json is neither .parquet nor .csv",
         "quality.parquet": "no figure has rows",
         "rows.parquet rows.parquet": "is there twice: give each file once",
-        "rows.parquet --figure pie": "no figure is called 'pie': choose one of landscape",
+        "rows.parquet --figure pie": "no figure is called 'pie': choose one of differences",
+        "rows.parquet --baseline Nobody": "baseline 'Nobody' is not among the methods measured",
         "rows.parquet --figure density": "no density rows",
         "rows.parquet -o data.json": "--output data.json is a file",
         "rows.parquet -o done/figures": "holds the figures of a study",
