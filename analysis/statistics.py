@@ -42,9 +42,10 @@ BOOKKEEPING = frozenset(
         *(("landscape", name) for name in ("precision_error", "precision_seen", "precision_checked")),
         *(("surface", name) for name in ("precision_error", "precision_seen", "precision_checked")),
         *(("surface", name) for name in ("precision_cosine", "explained_variance")),
+        *(("subspace", f"{name}_p_value") for name in ("overlap", "outside_share", "alignment")),
     }
 )
-"""``(measure, quantity)`` pairs that say what a number cost."""
+"""``(measure, quantity)`` pairs that say what a number cost or is worth."""
 
 SUBSET = frozenset({"examples", "examples_available", "subset_error"})
 """Quantities of any measure that say what a number is worth that was taken on some of the examples."""

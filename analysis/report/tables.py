@@ -13,7 +13,7 @@ from analysis.plots.overlap import PERTURBATIONS
 from analysis.power import MOST
 from analysis.report.numbers import number, p_value, spread
 from analysis.space_names import in_space_order
-from analysis.statistics import UNDECIDED
+from analysis.statistics import SUBSET, UNDECIDED
 
 SPACE_NAMES = {"full": "full", "lora": "LoRA", "lora_balanced": "balanced LoRA", "": ""}
 
@@ -122,7 +122,7 @@ def _kinds_with_radii(rows: pd.DataFrame, measure: str) -> str:
 
 def quality_table(summary: pd.DataFrame, methods: Sequence[str]) -> Table:
     """Loss and accuracy per split."""
-    rows = summary[summary["measure"] == "quality"]
+    rows = summary[(summary["measure"] == "quality") & ~summary["quantity"].isin(SUBSET)]
     return by_method("Loss and accuracy", ("examples", "quantity"), lines_by(rows, "split", "quantity"), methods)
 
 

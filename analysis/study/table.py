@@ -95,7 +95,8 @@ def table_content(frame: pd.DataFrame, baseline: str) -> TableContent:
             cells.append(interval(*values[method]) + star if method in values else "")
         shown.append((_title(key), cells))
     caption = f"* differs from {baseline}: paired by seed, 5 %, Holm-corrected over methods (not over the lines)"
-    return TableContent(methods, f"{spread} over {seeds} seed{'s' * (seeds > 1)}", shown, caption if decided else None)
+    starred = any(cell.endswith("*") for _, cells in shown for cell in cells)
+    return TableContent(methods, f"{spread} over {seeds} seed{'s' * (seeds > 1)}", shown, caption if starred else None)
 
 
 def rows_table(frame: pd.DataFrame) -> Table:

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from analysis.core import row
+from analysis.statistics import paired_differences
 from analysis.study.table import interval, result_table, rows_table
 
 
@@ -47,6 +48,16 @@ def test_a_line_a_quantity_a_column_a_method() -> None:
     assert accuracy.count("0.810 ± 0.025") == 2
     assert "*" not in accuracy
     assert "over 3 seeds" in text
+    assert "* differs from A" in text
+
+
+def test_without_a_star_nothing_explains_one() -> None:
+    frame = study_rows()
+    layer = frame[frame["measure"] == "spectrum"].assign(layer="encoder.0")  # decided, but not in the table
+    rest = frame[frame["measure"] != "spectrum"]
+    assert "differs from A" not in shown(result_table(pd.concat([rest, layer]), "A"))
+    p_values = frame[frame["quantity"] == "eigenvalue"].assign(measure="subspace", quantity="alignment_p_value")
+    assert paired_differences(pd.concat([rest, p_values]), "A")["quantity"].isin(["accuracy", "loss_rise"]).all()
 
 
 def test_a_narrow_terminal_loses_nothing() -> None:
