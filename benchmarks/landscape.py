@@ -48,7 +48,7 @@ from bilora.tasks.models import seeded
 
 EXTENTS = {"bert": 1.0, "smollm2": 0.5}
 MAX_LENGTH = 64
-BATCH = 128 if torch.cuda.is_available() else 32
+BATCH = 32
 PEER_POINTS = 5
 """A side of the grid on which other tools' own loops are timed."""
 
@@ -74,12 +74,12 @@ class Made:
     note: str = ""
 
 
-def prepare(name: str, points: int) -> Problem:
+def prepare(name: str, points: int, batch: int) -> Problem:
     model, task = language_model() if name == "smollm2" else trained_bert()
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     space = WeightSpace.all(model)
-    objective = Objective.from_dataset(task.train, task.collate, batch_size=BATCH, name="train")
-    padded = [to_maximum(batch).to(model.device) for batch in batches_of(task)]
+    objective = Objective.from_dataset(task.train, task.collate, batch_size=batch, name="train")
+    padded = [to_maximum(held).to(model.device) for held in batches_of(task, batch)]
     return Problem(objective, padded, space, random_plane(space, seed=0), points, EXTENTS[name])
 
 
@@ -102,12 +102,13 @@ def trained_bert() -> tuple[Any, Task]:
             num_labels=2,
         )
         model = BertForSequenceClassification(config)
-        train(model, batches_of(task))
+        train(model, batches_of(task, BATCH))
     return model, task
 
 
-def batches_of(task: Task) -> list[Any]:
-    return [task.collate([task.train[i] for i in range(s, s + BATCH)]) for s in range(0, 256, BATCH)]
+def batches_of(task: Task, size: int) -> list[Any]:
+    rows = list(task.train)
+    return [task.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def train(model: nn.Module, batches: list[Any]) -> None:
@@ -228,8 +229,8 @@ def now() -> float:
     return time.process_time()
 
 
-def lines(model: str, names: list[str], points: int) -> Iterator[dict[str, Any]]:
-    problem = prepare(model, points)
+def lines(model: str, names: list[str], points: int, batch: int) -> Iterator[dict[str, Any]]:
+    problem = prepare(model, points, batch)
     before = weights_of(problem.space)
     reference: np.ndarray | None = None
     per_point = float("nan")
@@ -278,10 +279,11 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated")
     parser.add_argument("--model", default="bert", choices=list(EXTENTS))
     parser.add_argument("--points", type=int, default=21, help="of a side of the grid")
+    parser.add_argument("--batch", type=int, default=BATCH, help="examples a forward pass, of every variant")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    for line in lines(options.model, options.variants.split(","), options.points):
+    for line in lines(options.model, options.variants.split(","), options.points, options.batch):
         rounded = {key: float(f"{v:.4g}") if isinstance(v, float | np.floating) else v for key, v in line.items()}
         print(json.dumps(rounded), flush=True)
 

@@ -15,8 +15,8 @@ ROWS = 16
 """Vectors stored in one matrix, by which memory grows, unless they are long."""
 BLOCK = 256 << 20
 """Bytes that such a matrix takes at most, if it holds more than one vector."""
-COLUMNS = {"cpu": 1 << 14}
-"""Entries of each vector converted to float64 at a time: on a CPU a tile of 2 MiB, which stays in its cache."""
+COLUMNS = 1 << 14
+"""Entries of each vector converted to float64 at a time on a CPU: a tile of 2 MiB, which stays in the cache."""
 LAUNCHED = 1 << 22
 """The same elsewhere, where a tile costs launches."""
 LITTLE = 0.3
@@ -120,7 +120,7 @@ class Basis:
 
     def _columns(self) -> Iterator[tuple[slice, list[tuple[slice, Tensor]]]]:
         """Per stretch of columns: where it lies, and every block's rows there in float64."""
-        step = COLUMNS.get(self.device.type, LAUNCHED)
+        step = COLUMNS if self.device.type == "cpu" else LAUNCHED
         for start in range(0, self._size, step):
             columns = slice(start, start + step)
             tiles = []

@@ -14,7 +14,7 @@ from analysis.headlines import headline_rows
 from analysis.plots import canvas
 from analysis.plots.style import PAGE, MethodStyle, styles_for
 from analysis.space_names import SPACE_TITLES
-from analysis.statistics import UNDECIDED, paired_differences, summarize
+from analysis.statistics import KEYS, UNDECIDED, paired_differences, summarize
 
 COLUMNS = ["headline", "space", "split", "method", "baseline", "mean", "difference", "relative", "low", "high"]
 COLUMNS += ["cohen_dz", "p_holm", "n_seeds", "verdict"]
@@ -44,10 +44,8 @@ def forest_table(frame: pd.DataFrame, baseline: str | None = None, confidence: f
     rows = rows[rows["n_seeds"] > 1]
     if rows.empty:
         raise canvas.NothingToDraw("no differences to draw: compare two methods on at least two seeds")
-    means = summarize(frame[frame["method"] == baseline], confidence).drop(columns=["method", "low", "high", "n_seeds"])
-    keys = [key for key in means.columns if key in rows.columns and key not in ("induced_norm", "n_non_finite")]
-    keys = [key for key in keys if key not in ("n_directions", "chance", "residual")]
-    table = rows.merge(means[[*keys, "mean"]], on=keys, how="left")
+    means = summarize(frame[frame["method"] == baseline], confidence)[[*KEYS, "mean"]]
+    table = rows.merge(means, on=KEYS, how="left")
     scale = 100 / table["mean"].abs().replace(0, math.nan)
     table["relative"] = table["difference"] * scale
     table["low"], table["high"] = table["corrected_low"] * scale, table["corrected_high"] * scale

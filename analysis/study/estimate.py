@@ -1,28 +1,29 @@
 """What a study will take: a few steps of one training and a few seconds of every measurement, scaled up.
 
-The first method is trained for three steps in a temporary folder, and each measurement is begun on that adapter. One
-that tells its progress is stopped after a while and its time taken as time·most/done, an upper end where it may settle
-before (eigenvalues); the others run to their end. A step of another method is taken to cost its ``passes`` times as
-much. Everything is measured in one process with one thread, as in a study's workers; of several workers each is taken
-to be as fast as one alone.
+The first method with an adapter is trained for three steps in a temporary folder, and each measurement is begun on that
+adapter. One that tells its progress is stopped after a while and its time taken as time·most/done, an upper end where
+it may settle before (eigenvalues); the others run to their end. A step of another method is taken to cost its
+``passes`` times as much. Everything is measured in one process with one thread, as in a study's workers; of several
+workers each is taken to be as fast as one alone.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from analysis.core.memory import peak_memory
-from analysis.study.plan import Plan, train_spec
+from analysis.study.plan import Cell, Plan, train_spec
 from analysis.study.spec import StudySpec
-from analysis.study.work import Measuring, Training
+from analysis.study.work import Measuring, Training, task_for
 from bilora.methods import method_class
-from bilora.training.run import train_run
+from bilora.training.run import DEFAULTS, train_run
+from bilora.training.spec import TrainSpec
 
 STEPS = 3
 SECONDS = 4.0
@@ -34,7 +35,7 @@ class Estimate:
     """Seconds of one cell, by what it does, and the memory of a worker.
 
     Attributes:
-        training: label of the method → seconds.
+        training: name of the cell → seconds.
         measuring: (number of the entry in the study file, space) → seconds.
         memory: peak resident set of the process that tried it all, in bytes.
     """
@@ -42,6 +43,12 @@ class Estimate:
     training: dict[str, float]
     measuring: dict[tuple[int, str], float]
     memory: int
+
+    def seconds(self, spec: StudySpec, cell: Cell) -> float:
+        """Of one cell of ``spec``."""
+        if isinstance(cell.compute, Measuring):
+            return self.measuring[spec.measures.index(cell.compute.entry), cell.compute.space]
+        return self.training[cell.name]
 
 
 class _Enough(Exception):
@@ -59,7 +66,9 @@ def estimate_study(spec: StudySpec, plan: Plan, told: Callable[[str], None] = la
     Raises:
         UserError: bad input, as the study itself would meet.
     """
-    first = next(iter(spec.methods))
+    # A model without an adapter has fewer spaces to measure in.
+    adapted = (label for label, entry in spec.methods.items() if method_class(entry.method).needs_lora)
+    first = next(adapted, next(iter(spec.methods)))
     with tempfile.TemporaryDirectory() as folder, _one_thread():
         run = Path(folder) / "run"
         told(f"{first}: {STEPS} steps")
@@ -71,10 +80,12 @@ def estimate_study(spec: StudySpec, plan: Plan, told: Callable[[str], None] = la
         record = train_run(short, run, progress=False, record_every=1 if spec.record else None)
         around = time.monotonic() - begun - record.seconds
         each = record.seconds / STEPS / method_class(short.method).passes
-        steps = _steps(plan)
+        examples = len(task_for(spec.task, spec.model).train)
         training = {
-            label: around + each * steps[label] * method_class(entry.method).passes
-            for label, entry in spec.methods.items()
+            cell.name: around
+            + each * steps_of(cell.compute.spec, examples) * method_class(cell.compute.spec.method).passes
+            for cell in plan.cells
+            if isinstance(cell.compute, Training)
         }
         measuring = {}
         for (entry, space), cell in _measurements(spec, plan, first).items():
@@ -94,14 +105,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _steps(plan: Plan) -> dict[str, float]:
-    """Label → optimizer steps."""
-    found: dict[str, float] = {}
-    for cell in plan.cells:
-        if isinstance(cell.compute, Training):
-            label = cell.label.split(", seed ")[0]
-            found[label] = cell.cost / method_class(cell.compute.spec.method).passes
-    return found
+def steps_of(spec: TrainSpec, examples: int) -> int:
+    """Optimizer steps of a training in one process, as the Trainer counts them."""
+    arguments = {**DEFAULTS, **spec.training}
+    if arguments.get("max_steps", -1) > 0:
+        return int(arguments["max_steps"])
+    batches = math.ceil(examples / arguments["per_device_train_batch_size"])
+    an_epoch = math.ceil(batches / arguments.get("gradient_accumulation_steps", 1))
+    return math.ceil(arguments["num_train_epochs"] * an_epoch)
 
 
 def _measurements(spec: StudySpec, plan: Plan, label: str) -> dict[tuple[int, str], Measuring]:
@@ -136,15 +147,3 @@ def described(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def total_seconds(estimate: Estimate, spec: StudySpec, missing: list[Any]) -> float:
-    """Of all cells in ``missing``, one after the other."""
-    total = 0.0
-    for cell in missing:
-        if isinstance(cell.compute, Training):
-            total += estimate.training[cell.label.split(", seed ")[0]]
-        elif isinstance(cell.compute, Measuring):
-            key = spec.measures.index(cell.compute.entry), cell.compute.space
-            total += estimate.measuring.get(key, 0.0)
-    return total

@@ -34,6 +34,7 @@ class Cell:
     Attributes:
         kind: ``training`` or ``measure``.
         label: what the progress shows, for example ``Bi-LoRA, seed 0: spectrum full``. Not part of the address.
+        title: the same for every seed of it: ``train Bi-LoRA``, or for every adapter: ``spectrum full (validation)``.
         determinants: everything the result depends on, as JSON values.
         compute: the work, picklable; see :data:`analysis.study.worker.Compute`.
         cost: estimated relative cost of a training, by which the longest is started first.
@@ -46,6 +47,7 @@ class Cell:
     compute: Compute
     cost: float = 0.0
     training: "Cell | None" = None
+    title: str = ""
 
     @cached_property
     def address(self) -> str:
@@ -136,9 +138,9 @@ def _training_cell(spec: StudySpec, label: str, seed: int, outside: Mapping[str,
     if record is not None:
         determinants["record"] = record
     steps = run.training.get("max_steps") or run.training.get("num_train_epochs", 3)
-    return Cell(
-        "training", f"{label}, seed {seed}: training", determinants, Training(run, record), method.passes * steps
-    )
+    cost = method.passes * steps
+    name = f"{label}, seed {seed}: training"
+    return Cell("training", name, determinants, Training(run, record), cost, title=f"train {label}")
 
 
 def _training_code(name: str) -> str:
@@ -165,7 +167,7 @@ def _measure_cell(entry: MeasureEntry, space: str, training: Cell, owner: str) -
     variant = [f"{name}={value}" for name, value in given.items() if value != defaults[name].default]
     what = " ".join(part for part in (entry.measure, *variant, space, f"({entry.split})") if part)
     compute = Measuring(training.compute.spec, training.name, entry, space)
-    return Cell("measure", f"{owner}: {what}", determinants, compute, training=training)
+    return Cell("measure", f"{owner}: {what}", determinants, compute, training=training, title=what)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class StudyStatus:
 
 
 def study_status(spec: StudySpec) -> StudyStatus:
-    """Look at the cells of ``spec``; changes nothing.
+    """Look at the cells of ``spec``, which may be computed meanwhile.
 
     Raises:
         UserError: a model or a data package that is not there.

@@ -88,7 +88,7 @@ def check(
 
     silence_libraries()
     from analysis.study.engine import default_workers
-    from analysis.study.estimate import described, estimate_study, total_seconds
+    from analysis.study.estimate import described, estimate_study
     from analysis.study.plan import plan_study
     from analysis.study.run import check_arguments, check_inputs
     from analysis.study.store import Store
@@ -113,7 +113,7 @@ def check(
     lines = [f"{len(plan.cells)} cells, {len(plan.cells) - len(missing)} of them finished; results in {spec.folder}"]
     if found is not None:
         processes = min(workers or default_workers(), len(missing))
-        seconds = total_seconds(found, spec, missing)
+        seconds = sum(found.seconds(spec, cell) for cell in missing)
         alone = f"at most about {described(seconds)} in one process"
         lines.append(
             f"at most about {described(seconds / processes)} in {processes} processes" if processes > 1 else alone
@@ -156,26 +156,16 @@ def _plan_table(spec: "StudySpec", plan: "Plan", store: "Store", found: "Estimat
     from rich.table import Table
 
     from analysis.study.estimate import described
-    from analysis.study.work import Measuring, Training
 
     table = Table(title=spec.name)
     for name in ("what", "cells", "finished", *(("one takes, at most",) if found else ())):
         table.add_column(name, justify="left" if name == "what" else "right")
-    lines: dict[str, tuple[list[bool], float | None]] = {}
+    lines: dict[str, tuple[list[bool], float]] = {}
     for cell in plan.cells:
-        compute = cell.compute
-        if isinstance(compute, Training):
-            label = cell.label.split(", seed ")[0]
-            title = f"train {label}"
-            seconds = found.training.get(label) if found else None
-        else:
-            assert isinstance(compute, Measuring)
-            title = cell.label.split(": ", 1)[1]
-            key = spec.measures.index(compute.entry), compute.space
-            seconds = found.measuring.get(key) if found else None
-        lines.setdefault(title, ([], seconds))[0].append(store.record(cell.name) is not None)
+        seconds = found.seconds(spec, cell) if found else 0.0
+        lines.setdefault(cell.title, ([], seconds))[0].append(store.record(cell.name) is not None)
     for title, (done, seconds) in lines.items():
-        times = (described(seconds) if seconds is not None else "",) if found else ()
+        times = (described(seconds),) if found else ()
         table.add_row(title, str(len(done)), str(sum(done)), *times)
     return table
 

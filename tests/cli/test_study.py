@@ -6,15 +6,19 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from transformers import Trainer, TrainingArguments
 
-from analysis.study.estimate import described
+from analysis.study.estimate import described, steps_of
 from analysis.study.plan import plan_study
 from analysis.study.schema import study_schema
 from analysis.study.spec import read_study
 from analysis.study.store import Store
 from analysis.study.yaml_file import read_yaml
 from bilora.cli.app import main
+from bilora.tasks import TaskSpec
+from bilora.training.spec import TrainSpec
 from tests.study.conftest import TINY
+from tests.training.tiny import pad, ragged_data, tiny_bert, with_lora
 
 STUDIES = sorted(Path("studies").resolve().glob("*.yaml"))
 
@@ -83,6 +87,9 @@ def test_check_prints_the_cells_and_writes_nothing(here: Path, capsys: pytest.Ca
 
 @pytest.mark.slow
 def test_check_tells_time_and_memory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the first method has no adapter, and where two labels share their trainings."""
+    others = "methods:\n  Full: {method: full}\n  Again: {method: lora}\n"
+    (here / "tiny.yaml").write_text(TINY.replace("methods:\n", others))
     assert main(["study", "check", "tiny.yaml", "--workers", "2"]) == 0
     text = capsys.readouterr().out
     assert "one takes, at most" in text
@@ -135,6 +142,24 @@ def test_bad_input_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -
         assert main(["study", *command]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_steps": 7, "num_train_epochs": 2},
+        {"num_train_epochs": 2, "per_device_train_batch_size": 3},
+        {"num_train_epochs": 1.5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+    ],
+)
+def test_steps_are_those_of_the_trainer(tmp_path: Path, arguments: dict[str, float]) -> None:
+    data = ragged_data(copies=2)
+    model = with_lora(tiny_bert())
+    run = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **arguments)
+    trainer = Trainer(model=model, args=run, train_dataset=data, data_collator=pad)
+    trainer.train()
+    spec = TrainSpec(model="minilm", task=TaskSpec(data="rotten_tomatoes"), training=arguments)
+    assert steps_of(spec, len(data)) == trainer.state.max_steps
 
 
 @pytest.mark.parametrize(

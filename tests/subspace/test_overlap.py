@@ -7,6 +7,7 @@ import torch
 
 from analysis.core import COLUMNS, Factors, Trained, WeightSpace
 from analysis.subspace.overlap import subspace_overlap
+from analysis.subspace.perturbations import induced
 from bilora.errors import UserError
 from tests.sharpness.cases import change_gauge, normal, randomise_factors, tiny_bert, with_lora
 
@@ -122,3 +123,14 @@ def test_bad_input_is_one_line(first, second, word):
     with pytest.raises(UserError, match=word) as error:
         subspace_overlap(first, second)
     assert "\n" not in str(error.value)
+
+
+def test_the_space_of_a_perturbation_is_compared_like_a_pair():
+    """LoRA-SAM's [B, eps_B] holds Col(B), and its rows hold eps_A and A + eps_A, hence Row(A)."""
+    primary = factors(40, 50, 3, 2)
+    eps = induced(primary, normal(40, 3, seed=7), normal(3, 50, seed=8))
+    found = subspace_overlap({"a": primary}, {"a": Factors(eps.left, eps.right, 1.0)})
+    for x in found.layers:
+        assert x.overlap == pytest.approx(1, abs=1e-9)
+        assert x.p_value == 1 / 1000
+        assert x.angles == pytest.approx((0, 0, 0), abs=1e-6)
